@@ -1,0 +1,555 @@
+"""The backends, and choosing one.
+
+A backend is an engine of the C core with the descriptors it works on. All three operations of the mailing list are here
+under their own names: `get`, `get_and_engage_wp`, `engage_wp`, and `disengage_wp` beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from errno import EBUSY, EDEADLK, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
+from types import MappingProxyType
+from typing import ClassVar, Final, Literal, NoReturn
+
+import attrs
+
+from pagemapcompat import _kernel
+from pagemapcompat.abi import Feature, Guarantee, UffdFeature
+from pagemapcompat.errors import (
+    AccessError,
+    AlignmentError,
+    AlreadyRegisteredError,
+    ClosedError,
+    FaultThreadError,
+    InvalidArgumentError,
+    KernelError,
+    NotTrackableError,
+    NotTrackedError,
+    PagemapCompatError,
+    TargetGoneError,
+    UnsupportedError,
+)
+from pagemapcompat.memory import AddressRange, page_size
+from pagemapcompat.pagemap import ScanResult
+from pagemapcompat.probe import FeatureReport
+from pagemapcompat.userfaultfd import Attempt, Way, open_hint, open_userfaultfd
+
+
+@attrs.frozen(kw_only=True)
+class BackendStatistics:
+    """Counters since the tracker was made."""
+
+    backend: Literal["pagemap-scan", "uffd-wp"]
+    ranges: int
+    """Tracked now."""
+    tracked_bytes: int
+    """In them."""
+    scans: int
+    """Calls of peek and collect."""
+    resets: int
+    pages: int
+    """Handed out by collect."""
+    faults: int
+    """Resolved by the fault thread; 0 where there is none."""
+    owed_pages: int
+    """Taken, or declared written, and not yet handed out."""
+
+
+@attrs.frozen(kw_only=True)
+class Attached:
+    """A range that a backend watches."""
+
+    handle: _kernel.RangeHandle
+    range: AddressRange
+    """Page aligned."""
+    length: int
+    """In bytes, as the owner of the memory sees it."""
+    granularity: int
+    """The size of its largest page, in bytes."""
+    guarantees: Guarantee
+
+
+_ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType({
+    Feature.PAGEMAP_UFFD_WP: _kernel.CAN_SEE_MARKS,
+    Feature.PAGEMAP_SCAN_HOLES: _kernel.CAN_SCAN_HOLES,
+    Feature.UFFD_WP_UNPOPULATED: _kernel.CAN_MARK_EMPTY,
+    Feature.UFFD_WP_MULTI_VMA: _kernel.CAN_SPAN_VMAS,
+    Feature.UFFD_WP_REMAP_CLEARS: _kernel.CAN_TRUST_MARKS,
+    Feature.PROCMAP_QUERY: _kernel.CAN_QUERY_MAPS,
+    Feature.MADV_POPULATE_READ: _kernel.CAN_POPULATE,
+    Feature.MADV_GUARD: _kernel.CAN_GUARD,
+})
+
+
+class Backend:
+    """What both backends share. Every method may be called from any thread, and blocks while another call runs.
+
+    Attributes:
+        guarantees: For private anonymous memory.
+
+        attempts: Every way of opening a userfaultfd that was tried, the last one being the one in use.
+    """
+
+    name: ClassVar[Literal["pagemap-scan", "uffd-wp"]]
+    needs: ClassVar[tuple[Feature, ...]]
+    """Features without which it cannot work."""
+    ways: ClassVar[tuple[Way, ...]]
+    """Of opening a userfaultfd, in the order that serves it best."""
+
+    def __init__(self, report: FeatureReport) -> None:
+        """Open everything.
+
+        Raises:
+            AccessError: Something it needs is denied.
+
+            UnsupportedError: Something it needs is not there.
+        """
+        self._report = report
+        if self.name in report.disabled:
+            raise UnsupportedError.make(
+                EOPNOTSUPP, self.name, "PAGEMAPCOMPAT_DISABLE names it", hint="unset PAGEMAPCOMPAT_DISABLE"
+            )
+        report.require(*self.needs)
+        pagemap = self._open_pagemap()
+        try:
+            uffd, self.attempts = self._open_uffd()
+        except BaseException:
+            os.close(pagemap)
+            raise
+        self.way: Way = self.attempts[-1].way
+        self._pid = os.getpid()
+        rc, handle = _kernel.tracker_create(uffd, pagemap, self._abilities())
+        if handle is None:
+            raise KernelError.make(-rc, "start tracker", os.strerror(-rc), hint="see ulimit -n and ulimit -u")
+        self._handle = handle
+        _open_backends.add(self)
+
+    # -- What the two differ in -----------------------------------------------------------------------------
+
+    @property
+    def guarantees(self) -> Guarantee:
+        """See the class."""
+        raise NotImplementedError
+
+    def _features(self) -> UffdFeature:
+        raise NotImplementedError
+
+    def _abilities(self) -> int:
+        return sum(bit for feature, bit in _ABILITIES.items() if self._report.supports(feature))
+
+    # -- Opening ----------------------------------------------------------------------------------------------
+
+    def _open_pagemap(self) -> int:
+        try:
+            return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:
+            hint = "this process is not dumpable, as after dropping privileges: prctl(PR_SET_DUMPABLE, 1)"
+            raise AccessError.make(
+                error.errno or EPERM, "open /proc/self/pagemap", error.strerror or "", hint=hint
+            ) from error
+        except OSError as error:
+            raise KernelError.make(error.errno or 0, "open /proc/self/pagemap", error.strerror or "") from error
+
+    def _open_uffd(self) -> tuple[int, tuple[Attempt, ...]]:
+        attempts: list[Attempt] = []
+        features = self._features()
+        for way in self.ways:
+            if way.feature.value in self._report.disabled:
+                continue
+            fd, _, attempt = open_userfaultfd(way, features)
+            attempts.append(attempt)
+            if fd >= 0:
+                return fd, tuple(attempts)
+        tried = "; ".join(map(str, attempts)) or "every way is disabled by PAGEMAPCOMPAT_DISABLE"
+        last = next((a for a in attempts if a.errno == EPERM), attempts[-1] if attempts else None)
+        kind = AccessError if last and last.errno == EPERM else UnsupportedError
+        raise kind.make(
+            last.errno if last else EOPNOTSUPP,
+            "userfaultfd",
+            f"no userfaultfd can be opened ({tried})",
+            hint=open_hint(last) if last else "unset PAGEMAPCOMPAT_DISABLE",
+        )
+
+    # -- Ranges -----------------------------------------------------------------------------------------------
+
+    def attach(self, memory: AddressRange, length: int) -> Attached:
+        """Register and protect *memory*.
+
+        Raises:
+            AlreadyRegisteredError: Another userfaultfd owns part of it (EBUSY).
+
+            AlignmentError: It begins or ends inside a huge page (EINVAL).
+
+            NotTrackableError: The kernel refuses this mapping, nothing is mapped, or it is the caller's stack.
+        """
+        rc, handle, result = _kernel.range_create(self._handle, memory.start, memory.end)
+        if handle is None:
+            self._refuse(-rc, memory, _kernel.operation(result))
+        kinds = _kernel.range_kinds(handle)
+        guarantees = self.guarantees
+        if kinds & _kernel.KIND_HUGETLB or not _kernel.range_exact(handle):
+            guarantees &= ~Guarantee.EXACT
+        return Attached(
+            handle=handle,
+            range=memory,
+            length=length,
+            granularity=_kernel.range_granularity(handle),
+            guarantees=guarantees,
+        )
+
+    def _refuse(self, number: int, memory: AddressRange, operation: str) -> NoReturn:
+        if number == _kernel.EOWNMEMORY or number in _OWN_ERRORS or operation != "UFFDIO_REGISTER":
+            self._fail(number, operation, memory)
+        if number == EBUSY:
+            raise AlreadyRegisteredError.make(
+                EBUSY,
+                operation,
+                f"part of {memory} belongs to another userfaultfd",
+                range=memory,
+                hint="memory has one userfaultfd at a time; the mappings with um, uw or ui in VmFlags of /proc/self/smaps "
+                "have one already",
+            )
+        if number == EPERM:
+            raise NotTrackableError.make(
+                EPERM,
+                operation,
+                f"part of {memory} is a shared mapping of a file that was opened read-only",
+                range=memory,
+                hint="open the file for writing, or map it privately",
+            )
+        if number == EINVAL:
+            _diagnose_einval(operation, memory, self.name)
+        raise KernelError.make(number, operation, os.strerror(number), range=memory)
+
+    def detach(self, attached: Attached) -> None:
+        """Unregister. Idempotent; waits for running calls."""
+        rc = _kernel.range_close(attached.handle)
+        if rc < 0:
+            raise KernelError.make(-rc, "UFFDIO_UNREGISTER", os.strerror(-rc), range=attached.range)
+
+    # -- The operations ---------------------------------------------------------------------------------------
+
+    def get(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
+        """GET: what was written. Changes nothing."""
+        result = _kernel.Result()
+        rc = _kernel.scan(on.handle, asked.start, asked.end, max_pages, 0, result)
+        if rc:
+            self._fail(-rc, _kernel.operation(result), asked)
+        return ScanResult(result, asked, on.range.start, on.length)
+
+    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
+        """ENGAGE_WP + GET: what was written, protected again in the same step.
+
+        What was taken is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt changes
+        which, not that.
+        """
+        result = _kernel.Result()
+        try:
+            flags = _kernel.ENGAGE | (_kernel.REARM if rearm else 0)
+            rc = _kernel.scan(on.handle, asked.start, asked.end, max_pages, flags, result)
+            answer = ScanResult(result, asked, on.range.start, on.length)
+        except BaseException:
+            _kernel.owe(on.handle, result)
+            raise
+        if rc:
+            try:
+                self._fail(-rc, _kernel.operation(result), asked, result)
+            except PagemapCompatError as error:
+                error.collected = answer
+                raise
+        return answer
+
+    def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
+        """ENGAGE_WP && !GET: protect, whatever was written."""
+        result = _kernel.Result()
+        rc = _kernel.reset(on.handle, asked.start, asked.end, _kernel.REARM if rearm else 0, result)
+        if rc:
+            self._fail(-rc, _kernel.operation(result), asked, result)
+
+    def disengage_wp(self, on: Attached, asked: AddressRange) -> None:
+        """Un-protect; all of it counts as written once."""
+        result = _kernel.Result()
+        rc = _kernel.unprotect(on.handle, asked.start, asked.end, result)
+        if rc:
+            self._fail(-rc, _kernel.operation(result), asked, result)
+
+    def rearm(self, on: Attached, asked: AddressRange) -> None:
+        """Register and protect what has lost its registration; counts as written once."""
+        result = _kernel.Result()
+        rc = _kernel.rearm(on.handle, asked.start, asked.end, result)
+        if not rc:
+            return
+        operation = _kernel.operation(result)
+        if operation == "UFFDIO_REGISTER" and result.c.untracked_end:
+            self._refuse(-rc, AddressRange(result.c.untracked_start, result.c.untracked_end), operation)
+        self._fail(-rc, operation, asked, result)
+
+    def _fail(
+        self, number: int, operation: str, asked: AddressRange, result: _kernel.Result | None = None
+    ) -> NoReturn:
+        if number == _kernel.EFORKED:
+            raise ClosedError(
+                f"this tracker belongs to process {self._pid}, which process {os.getpid()} was forked from"
+            ).with_hint("a forked child's memory is not tracked; make a DirtyTracker in the child")
+        if number == _kernel.ECLOSED:
+            raise ClosedError("the tracker, or this range of it, is closed").with_hint(
+                "track the memory again with an open DirtyTracker"
+            )
+        if number == _kernel.EFAULTTHREAD:
+            cause = _kernel.tracker_fault_errno(self._handle)
+            raise FaultThreadError(
+                f"the fault thread ended: {os.strerror(cause)} (errno {cause}); writers went on, untracked"
+            ).with_hint("take all memory as written, close this tracker and make a new one")
+        if number == _kernel.EOWNMEMORY:
+            raise NotTrackableError.make(
+                EDEADLK,
+                "track",
+                f"{asked} holds the caller's stack or this library's own memory",
+                range=asked,
+                hint="a write fault there could not be answered; track only memory that you allocated",
+            )
+        if number == ENOENT:
+            where = asked
+            if result is not None and result.c.untracked_end:
+                where = AddressRange(result.c.untracked_start, result.c.untracked_end)
+            raise NotTrackedError.make(
+                ENOENT,
+                operation,
+                f"{where} is mapped and not registered: it was mapped anew or moved there",
+                range=where,
+                hint='call rearm() on it, or make the tracker with on_untracked="rearm"',
+            )
+        if number == ESRCH:
+            raise TargetGoneError.make(ESRCH, operation, "the memory is gone", range=asked)
+        hint = "memory for page tables or results ran out" if number == ENOMEM else None
+        raise KernelError.make(number, operation, os.strerror(number), range=asked, hint=hint)
+
+    # -- Life ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is open, and this process's own."""
+        return _kernel.tracker_state(self._handle) in (0, -_kernel.EFAULTTHREAD)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked from the one that made it."""
+        return _kernel.tracker_state(self._handle) == -_kernel.EFORKED
+
+    def statistics(self) -> BackendStatistics:
+        """Counters since it was made."""
+        rc, counters = _kernel.tracker_statistics(self._handle)
+        if rc:
+            self._fail(-rc, "statistics", AddressRange(0, 0))
+        return BackendStatistics(backend=self.name, **counters)
+
+    def close(self) -> None:
+        """Unregister everything, end the fault thread, close the descriptors. Idempotent; waits for running calls.
+
+        In a forked child it closes the child's copies of the descriptors, and touches nothing else.
+        """
+        rc = _kernel.tracker_close(self._handle)
+        if rc < 0:
+            raise KernelError.make(-rc, "UFFDIO_UNREGISTER", os.strerror(-rc))
+
+
+_OWN_ERRORS = frozenset({_kernel.ECLOSED, _kernel.EFORKED, _kernel.EFAULTTHREAD})
+
+
+class PagemapScanBackend(Backend):
+    """PAGEMAP_SCAN on memory registered with an asynchronous userfaultfd. Since Linux 6.7.
+
+    The kernel resolves write faults itself (0.5 us each) and answers in one call.
+    """
+
+    name = "pagemap-scan"
+    needs = (Feature.PAGEMAP, Feature.PAGEMAP_SCAN, Feature.UFFD_WP_ASYNC, Feature.PAGEMAP_UFFD_WP)
+    # No fault is ever delivered, so the one that needs no privileges serves as well as any.
+    ways = (Way.USER_MODE_ONLY, Way.SYSCALL, Way.DEVICE)
+
+    @property
+    def guarantees(self) -> Guarantee:
+        """All of them."""
+        return ~Guarantee(0)
+
+    def _features(self) -> UffdFeature:
+        features = UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED
+        if self._report.supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
+            features |= UffdFeature.WP_HUGETLBFS_SHMEM
+        return features
+
+    def _abilities(self) -> int:
+        # WP_ASYNC implies WP_UNPOPULATED (seen on 6.18).
+        return super()._abilities() | _kernel.CAN_ASYNC | _kernel.CAN_MARK_EMPTY
+
+
+class UffdWpBackend(Backend):
+    """Pagemap words and UFFDIO_WRITEPROTECT, with a fault thread in C. Since Linux 5.7.
+
+    A writer sleeps until the fault thread has un-protected its page, once per page and collect.
+    """
+
+    name = "uffd-wp"
+    needs = (Feature.PAGEMAP, Feature.UFFD_WP)
+    # Only the first two deliver faults of kernel mode, without which read(2) into protected memory fails with EFAULT.
+    ways = (Way.SYSCALL, Way.DEVICE, Way.USER_MODE_ONLY)
+
+    @property
+    def guarantees(self) -> Guarantee:
+        """Without KERNEL_WRITES when opened for user mode only, without DISCARDS when marks cannot be seen."""
+        result = Guarantee.EXACT | Guarantee.ATOMIC_COLLECT
+        if self.way is not Way.USER_MODE_ONLY:
+            result |= Guarantee.KERNEL_WRITES
+        if self._report.supports(Feature.PAGEMAP_UFFD_WP):
+            result |= Guarantee.DISCARDS
+        return result
+
+    @property
+    def _marks_empty(self) -> bool:
+        return self._report.supports(Feature.UFFD_WP_UNPOPULATED, Feature.PAGEMAP_UFFD_WP)
+
+    def _features(self) -> UffdFeature:
+        features = UffdFeature.PAGEFAULT_FLAG_WP
+        if self._report.supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
+            features |= UffdFeature.WP_HUGETLBFS_SHMEM
+        if self._marks_empty:
+            features |= UffdFeature.WP_UNPOPULATED
+        return features
+
+    def _abilities(self) -> int:
+        return super()._abilities() & ~(0 if self._marks_empty else _kernel.CAN_MARK_EMPTY)
+
+
+def _mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
+    """(range, permissions, path) of every mapping that touches *memory*."""
+    found = []
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            addresses, permissions, _, _, _, *path = line.rstrip("\n").split(None, 5)
+            start, end = (int(part, 16) for part in addresses.split("-"))
+            if start < memory.end and memory.start < end:
+                found.append((AddressRange(start, end), permissions, path[0] if path else ""))
+    return found
+
+
+def _diagnose_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn:
+    mappings = _mappings(memory)
+    if not mappings:
+        raise NotTrackableError.make(
+            EINVAL, operation, f"nothing is mapped in {memory}", range=memory, hint="map it first, if only as PROT_NONE"
+        )
+    for mapping, permissions, path in mappings:
+        huge = _huge_page_size(mapping)
+        if huge > page_size() and (memory.start % huge or memory.end % huge):
+            error = AlignmentError(f"{memory} begins or ends inside a huge page of {mapping} ({huge} bytes)")
+            error.address, error.length = memory.start, memory.length
+            raise error.with_hint(f"in hugetlb memory track multiples of {huge} bytes")
+        if permissions[3] == "s" or path.startswith("/"):
+            shared = permissions[3] == "s"
+            kind = f"{'shared' if shared else 'private'} mapping {path} at {mapping}"
+            hint = (
+                "memory from mmap.mmap(-1, length) is shared; this kernel tracks "
+                "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS (shared memory since Linux 5.19)"
+                if shared and backend == "uffd-wp"
+                else f"{backend} does not track it; files take backend pagemap-scan (Linux 6.7)"
+            )
+            raise NotTrackableError.make(EINVAL, operation, f"the kernel refuses the {kind}", range=mapping, hint=hint)
+    raise NotTrackableError.make(
+        EINVAL,
+        operation,
+        f"the kernel refuses {memory}",
+        range=memory,
+        hint="special mappings ([vvar], device memory, MAP_DROPPABLE) cannot be tracked",
+    )
+
+
+def _huge_page_size(mapping: AddressRange) -> int:
+    """KernelPageSize of a mapping, in bytes, as /proc/self/smaps has it."""
+    inside = False
+    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
+        for line in smaps:
+            word = line.split(None, 1)[0]
+            if "-" in word and not word.endswith(":"):
+                inside = word == f"{mapping.start:08x}-{mapping.end:08x}"
+            elif inside and word == "KernelPageSize:":
+                return int(line.split()[1]) << 10
+    return page_size()
+
+
+BACKENDS: Final[tuple[type[Backend], ...]] = (PagemapScanBackend, UffdWpBackend)
+"""Best first; "auto" walks it."""
+
+
+@attrs.frozen(kw_only=True)
+class Selection:
+    """Which backend was chosen, and why no better one."""
+
+    chosen: str
+    guarantees: Guarantee
+    """For private anonymous memory; `TrackedRange.guarantees` speaks of one mapping."""
+    rejected: Mapping[str, str] = attrs.field(converter=MappingProxyType)
+    """By name: the reason, with the errno and what to change."""
+    userfaultfd: tuple[str, ...]
+    """Every way of opening a userfaultfd that was tried, with its errno; the last one is in use."""
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        lines = [f"{self.chosen} ({', '.join(g.name or '' for g in self.guarantees)})", *self.userfaultfd]
+        lines += [f"not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[Backend, Selection]:
+    """Open the backend *name*, or with "auto" the best one that works and gives *require*.
+
+    Raises:
+        InvalidArgumentError: There is no such backend.
+
+        AccessError, UnsupportedError: None works, or none gives *require*. The message has every reason.
+    """
+    names = [backend.name for backend in BACKENDS]
+    if name != "auto" and name not in names:
+        raise InvalidArgumentError(f"there is no backend {name!r}").with_hint(f"choose auto, {' or '.join(names)}")
+    rejected: dict[str, str] = {}
+    failures: list[KernelError] = []
+    for kind in BACKENDS:
+        if name not in ("auto", kind.name):
+            continue
+        try:
+            backend = kind(report)
+        except KernelError as error:
+            failures.append(error)
+            rejected[kind.name] = f"{error.strerror}" + (f" (hint: {error.hint})" if error.hint else "")
+            continue
+        missing = require & ~backend.guarantees
+        if not missing:
+            used = tuple(map(str, backend.attempts))
+            return backend, Selection(
+                chosen=kind.name, guarantees=backend.guarantees, rejected=rejected, userfaultfd=used
+            )
+        hint = "CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1" if missing & Guarantee.KERNEL_WRITES else "require less"
+        backend.close()
+        error = UnsupportedError.make(EOPNOTSUPP, kind.name, f"does not guarantee {missing.name}", hint=hint)
+        failures.append(error)
+        rejected[kind.name] = f"{error.strerror} (hint: {hint})"
+    if len(failures) == 1:
+        raise failures[0]
+    denied = next((failure for failure in failures if isinstance(failure, AccessError)), None)
+    first = denied or failures[0]
+    kind_of_error = AccessError if denied else UnsupportedError
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in rejected.items())
+    raise kind_of_error.make(first.errno or EOPNOTSUPP, "DirtyTracker", f"no backend works here: {reasons}", hint=first.hint)
+
+
+_open_backends: weakref.WeakSet[Backend] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    # Only the copies of the descriptors; the parent's trackers go on. C code that forks gets the same on its first call.
+    for backend in list(_open_backends):
+        backend.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

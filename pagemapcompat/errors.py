@@ -1,0 +1,107 @@
+"""The exception tree. What an errno means is decided where the call is made, never here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from pagemapcompat.memory import AddressRange
+    from pagemapcompat.pagemap import ScanResult
+
+
+class PagemapCompatError(Exception):
+    """The root of everything this library raises on purpose.
+
+    Attributes:
+        hint: What to change, or None. Also a note on the exception, so that tracebacks show it.
+
+        collected: On an error that `TrackedRange.collect` raises, the pages it had already taken and
+            protected again. They are delivered by this: no later collect returns them.
+    """
+
+    hint: str | None = None
+    collected: ScanResult | None = None
+
+    def with_hint(self, hint: str | None) -> Self:
+        """Attach *hint* and return the exception."""
+        if hint:
+            self.hint = hint
+            self.add_note(f"hint: {hint}")
+        return self
+
+
+class InvalidArgumentError(PagemapCompatError, ValueError):
+    """An argument that can never be right, whatever the kernel."""
+
+
+class AlignmentError(InvalidArgumentError):
+    """Memory or an offset that does not lie on page boundaries (huge page boundaries in hugetlb memory).
+
+    Attributes:
+        address: Where it starts, in bytes.
+
+        length: In bytes.
+    """
+
+    address: int = 0
+    length: int = 0
+
+
+class ClosedError(PagemapCompatError, ValueError):
+    """The object was closed, or belongs to the process that this one was forked from."""
+
+
+class FaultThreadError(PagemapCompatError, RuntimeError):
+    """The fault thread of backend `uffd-wp` ended. Writers went on, untracked: what they wrote is not known."""
+
+
+class KernelError(PagemapCompatError, OSError):
+    """A system call failed.
+
+    Attributes:
+        errno: As the kernel gave it.
+
+        operation: The call, e.g. "UFFDIO_REGISTER".
+
+        range: The memory it was about, or None.
+    """
+
+    operation: str = ""
+    range: AddressRange | None = None
+
+    @classmethod
+    def make(
+        cls, errno: int, operation: str, detail: str, *, range: AddressRange | None = None, hint: str | None = None
+    ) -> Self:
+        """Build the exception. OSError's own constructor stays as it is, so that pickling works."""
+        error = cls(errno, f"{operation}: {detail}")
+        error.operation = operation
+        error.range = range
+        return error.with_hint(hint)
+
+
+class AccessError(KernelError, PermissionError):
+    """The kernel could, but this process may not."""
+
+
+class UnsupportedError(KernelError):
+    """The kernel, or what can be known on it, lacks what was asked for."""
+
+
+class AlreadyRegisteredError(KernelError):
+    """Part of the memory is tracked already, or belongs to another userfaultfd (EBUSY)."""
+
+
+class NotTrackableError(KernelError):
+    """This memory cannot be tracked."""
+
+
+class NotTrackedError(KernelError):
+    """Part of the memory has lost its registration, or never had one (ENOENT).
+
+    `range` is the first such stretch. Everything before it was done; nothing behind it was touched.
+    """
+
+
+class TargetGoneError(KernelError):
+    """The process whose memory was asked for is gone (ESRCH)."""

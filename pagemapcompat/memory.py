@@ -1,0 +1,185 @@
+"""Addresses: page size, ranges, and where a buffer lies."""
+
+from __future__ import annotations
+
+import mmap
+import operator
+import os
+from errno import EACCES, EINVAL
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeAlias
+
+import attrs
+
+from pagemapcompat import _kernel
+from pagemapcompat.errors import AlignmentError, InvalidArgumentError, NotTrackableError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_PAGE_SIZE = os.sysconf("SC_PAGESIZE")
+PAGE_SHIFT = _PAGE_SIZE.bit_length() - 1
+USER_END = 1 << 63
+"""The kernel's half of the address space begins here at the latest, on every 64-bit architecture."""
+
+ALIGNED_HINT = (
+    "memory from mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) is page aligned; "
+    "for numpy use np.frombuffer(that mmap, dtype=...)"
+)
+
+
+def page_size() -> int:
+    """The size of a base page of the running kernel, in bytes."""
+    return _PAGE_SIZE
+
+
+def _address(value: SupportsIndex) -> int:
+    return operator.index(value)
+
+
+@attrs.frozen(order=True)
+class AddressRange:
+    """Addresses `start <= a < end` of a process, in bytes, in the user's half of the address space.
+
+    Raises:
+        InvalidArgumentError: It is negative, ends before it starts, or reaches into the kernel's half.
+    """
+
+    start: int = attrs.field(converter=_address, repr=hex)
+    end: int = attrs.field(converter=_address, repr=hex)
+
+    def __attrs_post_init__(self) -> None:
+        if self.start < 0:
+            raise InvalidArgumentError(f"start {self.start} is negative").with_hint("addresses count from 0")
+        if self.end < self.start:
+            raise InvalidArgumentError(f"end {self.end:#x} lies before start {self.start:#x}").with_hint(
+                "AddressRange takes (start, end); use AddressRange.from_length(address, length) for a length"
+            )
+        if self.end > USER_END:
+            raise InvalidArgumentError(f"end {self.end:#x} lies in the kernel's half of the address space").with_hint(
+                "address + length must stay below 2**63; was a negative address taken for an unsigned one?"
+            )
+
+    @classmethod
+    def from_length(cls, address: SupportsIndex, length: SupportsIndex) -> Self:
+        """The *length* bytes from *address* on."""
+        address, length = operator.index(address), operator.index(length)
+        if length < 0:
+            raise InvalidArgumentError(f"length {length} is negative").with_hint("give the number of bytes")
+        return cls(address, address + length)
+
+    @property
+    def length(self) -> int:
+        """In bytes."""
+        return self.end - self.start
+
+    @property
+    def pages(self) -> int:
+        """How many pages it touches."""
+        return self.aligned_out().length >> PAGE_SHIFT
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether both ends are page boundaries."""
+        return not (self.start | self.end) & (_PAGE_SIZE - 1)
+
+    def aligned_out(self) -> AddressRange:
+        """The same, grown to page boundaries. Its pages may hold other objects too, whose writes then count."""
+        return AddressRange(self.start & -_PAGE_SIZE, -(-self.end & -_PAGE_SIZE))
+
+
+Memory: TypeAlias = "Buffer | AddressRange | tuple[int, int]"
+"""A buffer (mmap, numpy array, cffi or ctypes array), a range, or (address, length)."""
+
+
+@attrs.define(eq=False)
+class PinnedMemory:
+    """Memory that stays where it is until released."""
+
+    range: AddressRange
+    """Page aligned."""
+    length: int
+    """In bytes, as the owner sees it: less than the range's when an mmap ends inside a page."""
+    _pin: _kernel.Pin | None = None
+    _view: memoryview | None = None
+
+    def release(self) -> None:
+        """Let the buffer go. Idempotent."""
+        if self._pin is not None:
+            self._pin.release()
+        if self._view is not None:
+            self._view.release()
+
+
+def pin(memory: Memory, *, writable: bool) -> PinnedMemory:
+    """Find out where *memory* lies, and hold it there.
+
+    Raises:
+        AlignmentError: It does not start, or end, on a page boundary. An mmap may end inside its last page.
+
+        InvalidArgumentError: It is empty, negative, or wraps.
+
+        NotTrackableError: A buffer is read-only (and *writable* is asked for) or not contiguous.
+
+        TypeError: It is no memory at all.
+    """
+    if isinstance(memory, AddressRange):
+        return PinnedMemory(_aligned(memory), memory.length)
+    if isinstance(memory, tuple):
+        if len(memory) != 2:
+            raise InvalidArgumentError(f"{memory!r} is not (address, length)").with_hint("give two integers, in bytes")
+        given = AddressRange.from_length(*memory)
+        return PinnedMemory(_aligned(given), given.length)
+    try:
+        view = memoryview(memory)
+    except TypeError as error:
+        error.add_note(
+            f"hint: {type(memory).__name__} is no memory; give a buffer (mmap, numpy array), an AddressRange, or "
+            "(address, length)"
+        )
+        raise
+    try:
+        return _pin_view(view, writable=writable)
+    except BaseException:
+        view.release()
+        raise
+
+
+def _pin_view(view: memoryview, *, writable: bool) -> PinnedMemory:
+    owner: Any = view.obj
+    name = type(owner).__name__
+    if not view.c_contiguous:
+        raise NotTrackableError.make(
+            EINVAL, "track", f"the buffer of {name} is not contiguous", hint="track the array it is a slice of"
+        )
+    if writable and view.readonly:
+        raise NotTrackableError.make(
+            EACCES, "track", f"the buffer of {name} is read-only", hint="nobody can write it; map it writable to track it"
+        )
+    held = _kernel.Pin(view)
+    try:
+        given = AddressRange.from_length(held.address, view.nbytes)
+        whole = given
+        if given.length & (_PAGE_SIZE - 1) and isinstance(owner, mmap.mmap):
+            with memoryview(owner) as mapped:
+                base = _kernel.Pin(mapped)
+                mapping_end = base.address + mapped.nbytes
+                base.release()
+            if given.end == mapping_end:  # the rest of the page is the mapping's own
+                whole = AddressRange(given.start, given.aligned_out().end)
+        return PinnedMemory(_aligned(whole), given.length, held, view)
+    except BaseException:
+        held.release()
+        raise
+
+
+def _aligned(given: AddressRange) -> AddressRange:
+    if given.length == 0:
+        raise InvalidArgumentError(f"the memory at {given.start:#x} is empty").with_hint("give at least one page")
+    if not given.is_aligned:
+        error = AlignmentError(
+            f"memory from {given.start:#x} to {given.end:#x} ({given.length} bytes) does not begin and end on page "
+            f"boundaries ({_PAGE_SIZE} bytes)"
+        )
+        error.address, error.length = given.start, given.length
+        raise error.with_hint(f"{ALIGNED_HINT}; or track {given.aligned_out()}, its neighbours' writes included")
+    return given

@@ -1,0 +1,176 @@
+// The fault thread: resolves the write faults of a synchronous userfaultfd.
+//
+// Why a thread, and why in C. A thread that stores into a protected page sleeps in the kernel until somebody un-protects
+// it. A Python thread that does so with ram[i] = 1 sleeps holding the GIL, so whoever resolves it must need neither the GIL
+// nor anything that a thread holding the GIL may hold: no Python, no malloc, no stdio, no mutex of the tracker. What is left:
+//  - memory: the tracker's own pages, this thread's own stack. None of it can be tracked (pmc_range_create refuses).
+//  - one lock, fault_lock, which others hold only around system calls that touch nothing but the tracker's own pages.
+//  - system calls: poll, read, ioctl.
+// If one of these fails there is nobody left to wake the writers, so everything is unregistered first, which wakes
+// them and lets their stores through untracked; the next call on the tracker fails loudly.
+//
+// The thread lives from pmc_tracker_create to pmc_tracker_close, with all signals blocked. It does not survive a fork.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#define STACK_SIZE (256 << 10) // glibc puts the thread-local storage of every loaded library there too
+#define MESSAGES 16
+
+void pmc_fair_lock(struct fair_lock *lock)
+{
+	unsigned ticket = atomic_fetch_add_explicit(&lock->next, 1, memory_order_relaxed);
+	for (;;) {
+		unsigned serving = atomic_load_explicit(&lock->serving, memory_order_acquire);
+		if (serving == ticket)
+			return;
+		syscall(SYS_futex, &lock->serving, FUTEX_WAIT_PRIVATE, serving, NULL, NULL, 0);
+	}
+}
+
+void pmc_fair_unlock(struct fair_lock *lock)
+{
+	unsigned serving = atomic_fetch_add(&lock->serving, 1) + 1;
+	if (atomic_load(&lock->next) != serving)
+		syscall(SYS_futex, &lock->serving, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+}
+
+static void log_write(struct pmc_tracker *tracker, uint64_t address)
+{
+	for (struct pmc_range *range = tracker->ranges; range; range = range->next)
+		if (range->log && address >= range->start && address < range->end) {
+			bit_set(range->log, page_index(range, address));
+			return;
+		}
+}
+
+// Un-protects the page at *address* and wakes whoever waits there. 0 or -errno.
+static int resolve(struct pmc_tracker *tracker, uint64_t address)
+{
+	uint64_t size = page_size_of(tracker);
+	uint64_t page = align_down(address, size);
+	int rc;
+
+	// Logging and un-protecting are one step for a collector, else it could take the log and protect in between: the page
+	// would end up open and unlogged.
+	pmc_fair_lock(&tracker->fault_lock);
+	log_write(tracker, page);
+	rc = pmc_uffd_writeprotect(tracker->uffd, page, page + size, 0);
+	// In hugetlb memory only whole huge pages are accepted.
+	while (rc == -EINVAL && size << 1) {
+		size <<= 1;
+		page = align_down(address, size);
+		rc = pmc_uffd_writeprotect(tracker->uffd, page, page + size, 0);
+	}
+	pmc_fair_unlock(&tracker->fault_lock);
+	atomic_fetch_add_explicit(&tracker->faults, 1, memory_order_relaxed);
+	// The mapping went away, or lost its registration: the writer must look again.
+	if (rc == -ENOENT || rc == -EINVAL)
+		rc = pmc_uffd_wake(tracker->uffd, align_down(address, page_size_of(tracker)),
+				   align_down(address, page_size_of(tracker)) + page_size_of(tracker));
+	return rc;
+}
+
+// Returns 0 when told to stop, -errno when it cannot go on. Blocks in poll.
+static int serve(struct pmc_tracker *tracker)
+{
+	struct uffd_msg messages[MESSAGES];
+	struct pollfd polled[] = {
+		{ .fd = tracker->uffd, .events = POLLIN },
+		{ .fd = tracker->stop, .events = POLLIN },
+	};
+	for (;;) {
+		if (poll(polled, 2, -1) < 0) {
+			if (errno == EINTR)
+				continue;
+			return -errno;
+		}
+		if (polled[1].revents)
+			return polled[1].revents & POLLIN ? 0 : -EBADF;
+		if (polled[0].revents & (POLLERR | POLLHUP | POLLNVAL))
+			return -EBADF;
+		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
+		if (got < 0) {
+			// EAGAIN: another writer of the same page was woken with the first, and its message is gone.
+			if (errno == EAGAIN || errno == EINTR)
+				continue;
+			return -errno;
+		}
+		for (size_t i = 0; i < (size_t)got / sizeof(*messages); i++) {
+			if (messages[i].event != UFFD_EVENT_PAGEFAULT)
+				continue;
+			int rc = resolve(tracker, messages[i].arg.pagefault.address);
+			if (rc)
+				return rc;
+		}
+	}
+}
+
+static void *fault_thread(void *arg)
+{
+	struct pmc_tracker *tracker = arg;
+	int rc = serve(tracker);
+	if (!rc)
+		return NULL;
+	atomic_store(&tracker->fault_errno, -rc);
+	pmc_fair_lock(&tracker->fault_lock);
+	for (struct pmc_range *range = tracker->ranges; range; range = range->next)
+		pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
+	pmc_fair_unlock(&tracker->fault_lock);
+	return NULL;
+}
+
+int pmc_fault_thread_start(struct pmc_tracker *tracker)
+{
+	tracker->stack_size = STACK_SIZE;
+	tracker->stack = pmc_pages_alloc(STACK_SIZE);
+	if (!tracker->stack)
+		return -ENOMEM;
+	pthread_attr_t attr;
+	int rc = pthread_attr_init(&attr);
+	if (rc)
+		return -rc;
+	sigset_t all, before;
+	sigfillset(&all);
+	rc = pthread_attr_setstack(&attr, tracker->stack, tracker->stack_size);
+	if (!rc)
+		rc = pthread_sigmask(SIG_SETMASK, &all, &before);
+	if (!rc) {
+		rc = pthread_create(&tracker->thread, &attr, fault_thread, tracker);
+		pthread_sigmask(SIG_SETMASK, &before, NULL);
+	}
+	pthread_attr_destroy(&attr);
+	if (rc)
+		return -rc;
+	tracker->thread_started = true;
+	// A name for debuggers; failing to set it harms nothing.
+	(void)pthread_setname_np(tracker->thread, "pagemapcompat");
+	return 0;
+}
+
+void pmc_fault_thread_stop(struct pmc_tracker *tracker)
+{
+	if (!tracker->thread_started)
+		return;
+	tracker->thread_started = false;
+	uint64_t one = 1;
+	ssize_t rc;
+	do
+		rc = write(tracker->stop, &one, sizeof(one));
+	while (rc < 0 && errno == EINTR);
+	if (rc == (ssize_t)sizeof(one)) {
+		pthread_join(tracker->thread, NULL);
+		return;
+	}
+	// Somebody closed our descriptor. The thread may sleep for ever; it keeps the memory it stands on.
+	atomic_fetch_add(&tracker->references, 1);
+	pthread_detach(tracker->thread);
+}

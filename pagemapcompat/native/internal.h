@@ -1,0 +1,228 @@
+// What the C files share. Layers, each using only those before it:
+// output, vmas, uffd, fault, then the engines (words, scan), then tracker.
+#ifndef PMC_INTERNAL_H
+#define PMC_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "pmc.h"
+
+#define PMC_REGIONS 512 // of one PAGEMAP_SCAN: its bounce buffer on x86-64, and the fastest size
+#define PMC_WORDS 8192 // 64 KiB of pagemap words: from there on reading gets no faster
+
+static inline uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static inline uint64_t max_u64(uint64_t a, uint64_t b)
+{
+	return a > b ? a : b;
+}
+
+static inline uint64_t align_down(uint64_t value, uint64_t unit)
+{
+	return value & ~(unit - 1);
+}
+
+static inline uint64_t align_up(uint64_t value, uint64_t unit)
+{
+	return align_down(value + unit - 1, unit);
+}
+
+uint32_t pmc_page_shift(void);
+
+// Zeroed pages of our own, so that no lock or buffer of the library lies in tracked memory. NULL: out of memory.
+void *pmc_pages_alloc(size_t size);
+void pmc_pages_free(void *pages, size_t size);
+
+// -- output.c: regions, bit arrays ------------------------------------------------------------------------
+
+// Where an engine puts its regions: as many as the vector and max_pages admit, neighbours merged.
+struct output {
+	struct page_region *vec;
+	uint64_t capacity;
+	uint64_t count;
+	uint64_t pages;
+	uint64_t max_pages;
+	uint32_t page_shift;
+};
+
+// Adds [start, end), whose pages come in units of *unit* bytes, and returns the end of what fitted.
+uint64_t pmc_output_add(struct output *out, uint64_t start, uint64_t end, uint64_t categories, uint64_t unit);
+// Takes back whatever lies at or after *end*.
+void pmc_output_cut(struct output *out, uint64_t end);
+
+// Makes room for *more* regions. 0 or -ENOMEM.
+int pmc_result_reserve(struct pmc_result *result, uint64_t more);
+// Appends to a result that has room.
+void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, uint64_t categories,
+		       uint32_t page_shift);
+
+// One bit a page. The arrays are as long as their range; callers stay inside.
+static inline bool bit_test(const uint64_t *bits, uint64_t index)
+{
+	return bits[index / 64] >> (index % 64) & 1;
+}
+
+static inline void bit_set(uint64_t *bits, uint64_t index)
+{
+	bits[index / 64] |= 1ull << (index % 64);
+}
+
+static inline void bit_clear(uint64_t *bits, uint64_t index)
+{
+	bits[index / 64] &= ~(1ull << (index % 64));
+}
+
+// Set or clear [from, to), and return how many bits changed.
+uint64_t pmc_bits_fill(uint64_t *bits, uint64_t from, uint64_t to, bool value);
+// The first index in [from, to) whose bit is *value*, else *to*.
+uint64_t pmc_bits_find(const uint64_t *bits, uint64_t from, uint64_t to, bool value);
+
+// -- vmas.c: the mappings of a process, in ascending order --------------------------------------------------
+
+struct vma {
+	uint64_t start;
+	uint64_t end;
+	uint32_t kind; // one PMC_KIND_*
+	uint32_t page_shift;
+	bool readable;
+};
+
+// A cursor over /proc/PID/maps, or over smaps, which is slow but knows the page size of hugetlb mappings.
+struct vmas {
+	int fd;
+	bool query; // by PROCMAP_QUERY: nothing below is used, and an answer is never stale
+	bool sizes; // fd is smaps
+	bool ahead_valid;
+	bool ended;
+	uint32_t page_shift;
+	uint64_t floor; // the end of the mapping before *ahead*
+	struct vma ahead;
+	size_t have;
+	size_t used;
+	char text[16384];
+};
+
+int pmc_vmas_open(struct vmas *vmas, bool query, bool sizes);
+void pmc_vmas_close(struct vmas *vmas);
+// Forgets what was read ahead; the next look-up sees the mappings as they are then.
+void pmc_vmas_refresh(struct vmas *vmas);
+// The mapping that holds *address*, or the first after it. 1: found, 0: there is none, or -errno.
+int pmc_vmas_at(struct vmas *vmas, uint64_t address, struct vma *ret);
+
+// -- The tracker's state ------------------------------------------------------------------------------------
+
+// A lock that is handed over in the order of arrival, so that a tight collect loop cannot starve the fault thread.
+struct fair_lock {
+	atomic_uint next;
+	atomic_uint serving;
+};
+
+void pmc_fair_lock(struct fair_lock *lock);
+void pmc_fair_unlock(struct fair_lock *lock);
+
+// Consecutive memory of one kind, from the end of the piece before it. Holes belong to either neighbour.
+struct piece {
+	uint64_t end;
+	uint32_t kind;
+	uint32_t page_shift;
+};
+
+struct pmc_range {
+	struct pmc_tracker *tracker;
+	struct pmc_range *next; // in tracker->ranges; under fault_lock
+	uint64_t start;
+	uint64_t end;
+	bool open;
+	bool exact;
+	uint32_t piece_count;
+	uint32_t piece_capacity;
+	struct piece *pieces;
+	size_t bits_size; // of each array below; one mapping holds them all
+	uint64_t *owed; // taken and protected, not yet delivered
+	uint64_t owed_count;
+	uint64_t *quiet; // could carry no mark when last protected (empty, or a guard page), and was reported as such
+	bool quiet_used;
+	uint64_t *log; // written, by the fault thread; under fault_lock; NULL where pagemap shows marks
+};
+
+struct pmc_tracker {
+	atomic_int references;
+	int uffd;
+	int pagemap;
+	int stop; // eventfd
+	uint32_t abilities;
+	uint32_t page_shift;
+	bool closed;
+	pthread_mutex_t mutex; // one call at a time
+	const char *operation; // the system call that failed last; under mutex
+	atomic_uint *alive; // 1; a page that the kernel zeroes in a forked child (MADV_WIPEONFORK)
+
+	struct fair_lock fault_lock; // between the fault thread and whoever needs pages to stay protected
+	struct pmc_range *ranges; // under fault_lock
+	bool thread_started;
+	pthread_t thread;
+	void *stack;
+	size_t stack_size;
+	atomic_int fault_errno; // not 0: the fault thread has ended
+	atomic_ullong faults;
+	struct vmas thread_vmas; // the fault thread's own
+
+	struct vmas vmas;
+	uint64_t scans;
+	uint64_t resets;
+	uint64_t pages;
+	struct page_region regions[PMC_REGIONS]; // all zero between calls
+	struct page_region halves[2][PMC_REGIONS / 2]; // likewise
+	uint64_t words[PMC_WORDS];
+};
+
+static inline uint64_t page_size_of(const struct pmc_tracker *tracker)
+{
+	return 1ull << tracker->page_shift;
+}
+
+static inline uint64_t page_index(const struct pmc_range *range, uint64_t address)
+{
+	return (address - range->start) >> range->tracker->page_shift;
+}
+
+// -- uffd.c -------------------------------------------------------------------------------------------------
+
+int pmc_uffd_wake(int uffd, uint64_t start, uint64_t end);
+// 1: the page at *address*, which was not empty, is registered; 0: it is not; else -errno. Changes nothing that could be seen.
+int pmc_uffd_is_registered(int uffd, uint64_t address, uint64_t page_size);
+// Protects (or un-protects) every mapping in [start, end), holes skipped. -ENOENT: *untracked is the first address that is
+// mapped and not registered; everything before it is done.
+int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, int protect, uint64_t *untracked);
+// Unregisters what is in [start, end), whatever else has been mapped there since, and wakes its waiters.
+int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t start, uint64_t end);
+
+// -- fault.c ------------------------------------------------------------------------------------------------
+
+int pmc_fault_thread_start(struct pmc_tracker *tracker);
+void pmc_fault_thread_stop(struct pmc_tracker *tracker);
+
+// -- The engines: each answers pm_scan_arg as PAGEMAP_SCAN would, for one piece of a range, always asked for
+//    PAGE_IS_WRITTEN alone. Their walk_end is right on every return: all before it is answered, and with
+//    PM_SCAN_WP_MATCHING protected. -ENOENT: the memory at walk_end is mapped and not registered. ------------
+
+int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
+int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
+		    uint64_t *walk_end);
+// The first stretch of [start, end) that is mapped and not registered. 1: found, 0: none, or -errno.
+int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);
+// Reads *count* pagemap words, one per 1 << unit_shift bytes. 0 or -errno; -ESRCH where the process is gone.
+int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_shift, uint32_t page_shift,
+		   uint64_t *words);
+
+int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
+int pmc_kernel_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
+		     uint64_t *walk_end);
+int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);
+
+#endif

@@ -1,0 +1,140 @@
+// Regions and bit arrays: where answers are put together.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+uint32_t pmc_page_shift(void)
+{
+	return (uint32_t)__builtin_ctzl((unsigned long)sysconf(_SC_PAGESIZE));
+}
+
+void *pmc_pages_alloc(size_t size)
+{
+	void *pages = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	return pages == MAP_FAILED ? NULL : pages;
+}
+
+void pmc_pages_free(void *pages, size_t size)
+{
+	if (pages)
+		munmap(pages, size);
+}
+
+uint64_t pmc_output_add(struct output *out, uint64_t start, uint64_t end, uint64_t categories, uint64_t unit)
+{
+	if (out->max_pages) {
+		uint64_t room = (out->max_pages - out->pages) << out->page_shift;
+		// A page larger than max_pages is given whole, else a caller that asks for less never gets past it.
+		if (room < unit && !out->pages)
+			room = unit;
+		end = start + min_u64(end - start, align_down(room, unit));
+	}
+	if (start == end)
+		return start;
+	struct page_region *last = out->count ? &out->vec[out->count - 1] : NULL;
+	if (last && last->end == start && last->categories == categories) {
+		last->end = end;
+	} else {
+		if (out->count == out->capacity)
+			return start;
+		out->vec[out->count++] = (struct page_region){ start, end, categories };
+	}
+	out->pages += (end - start) >> out->page_shift;
+	return end;
+}
+
+void pmc_output_cut(struct output *out, uint64_t end)
+{
+	while (out->count && out->vec[out->count - 1].end > end) {
+		struct page_region *last = &out->vec[out->count - 1];
+		uint64_t keep = max_u64(last->start, end);
+		out->pages -= (last->end - keep) >> out->page_shift;
+		last->end = keep;
+		if (last->start < last->end)
+			return;
+		*last = (struct page_region){ 0 };
+		out->count--;
+	}
+}
+
+int pmc_result_reserve(struct pmc_result *result, uint64_t more)
+{
+	if (result->capacity - result->count >= more)
+		return 0;
+	uint64_t capacity = max_u64(result->capacity * 2, result->count + more);
+	if (capacity > SIZE_MAX / sizeof(*result->regions))
+		return -ENOMEM;
+	struct page_region *regions = realloc(result->regions, capacity * sizeof(*regions));
+	if (!regions)
+		return -ENOMEM;
+	result->regions = regions;
+	result->capacity = capacity;
+	return 0;
+}
+
+void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, uint64_t categories,
+		       uint32_t page_shift)
+{
+	struct page_region *last = result->count ? &result->regions[result->count - 1] : NULL;
+	if (last && last->end == start && last->categories == categories)
+		last->end = end;
+	else
+		result->regions[result->count++] = (struct page_region){ start, end, categories };
+	result->pages += (end - start) >> page_shift;
+}
+
+void pmc_regions_free(struct page_region *regions)
+{
+	free(regions);
+}
+
+uint64_t pmc_bits_fill(uint64_t *bits, uint64_t from, uint64_t to, bool value)
+{
+	uint64_t changed = 0;
+	while (from < to) {
+		uint64_t stop = min_u64(to, (from / 64 + 1) * 64);
+		uint64_t mask = (~0ull >> (64 - (stop - from))) << (from % 64);
+		uint64_t *word = &bits[from / 64];
+		uint64_t flip = value ? mask & ~*word : mask & *word;
+		// Untouched words stay untouched: the arrays cost memory only where something happened.
+		if (flip) {
+			*word ^= flip;
+			changed += (uint64_t)__builtin_popcountll(flip);
+		}
+		from = stop;
+	}
+	return changed;
+}
+
+uint64_t pmc_bits_find(const uint64_t *bits, uint64_t from, uint64_t to, bool value)
+{
+	while (from < to) {
+		uint64_t word = (value ? bits[from / 64] : ~bits[from / 64]) >> (from % 64);
+		if (word)
+			return min_u64(to, from + (uint64_t)__builtin_ctzll(word));
+		from = (from / 64 + 1) * 64;
+	}
+	return to;
+}
+
+void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t base, uint32_t page_shift,
+		     unsigned char *bits)
+{
+	for (uint64_t i = 0; i < count; i++) {
+		uint64_t from = (regions[i].start - base) >> page_shift;
+		uint64_t to = (regions[i].end - base) >> page_shift;
+		for (; from < to && from % 8; from++)
+			bits[from / 8] |= (unsigned char)(1u << (from % 8));
+		if (to - from >= 8) {
+			memset(bits + from / 8, 0xff, (to - from) / 8);
+			from = align_down(to, 8);
+		}
+		for (; from < to; from++)
+			bits[from / 8] |= (unsigned char)(1u << (from % 8));
+	}
+}

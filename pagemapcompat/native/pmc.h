@@ -1,0 +1,156 @@
+// pagemapcompat's C core: which pages of this process's memory were written since they were last asked for.
+//
+// It knows nothing of Python. Every function returns 0 or more, or a negative error: -errno of the call named
+// in pmc_result.operation, or one of PMC_E*. Nothing is printed, there is no global state, and nothing aborts.
+// Unless its comment says otherwise a function may be called by any thread of the process that created the
+// object, and may block on the tracker's mutex while another call runs, never on a page fault that needs the caller.
+//
+// This header is read by the C compiler and, without its preprocessor lines, by cffi.
+#ifndef PMC_H
+#define PMC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "uapi.h"
+
+// Outside the range of errno values, so that a real EBADF is never mistaken for ours.
+#define PMC_ECLOSED 10001 // the tracker or range was closed
+#define PMC_EFORKED 10002 // the tracker belongs to the parent of this process
+#define PMC_EFAULTTHREAD 10003 // the fault thread ended; pmc_tracker_fault_errno() says why
+#define PMC_EOWNMEMORY 10004 // the range holds the caller's stack or this library's memory
+
+// How to open a userfaultfd.
+#define PMC_UFFD_SYSCALL 0
+#define PMC_UFFD_DEVICE 1
+#define PMC_UFFD_USER_MODE_ONLY 2
+
+// What the kernel can do, as found by trying; bits of pmc_config.abilities.
+#define PMC_CAN_ASYNC (1u << 0) // writes to protected pages resolve in the kernel; PAGEMAP_SCAN answers
+#define PMC_CAN_SCAN_HOLES (1u << 1) // PAGEMAP_SCAN calls an empty, unmarked page written
+#define PMC_CAN_SEE_MARKS (1u << 2) // pagemap bit 57 shows the protection
+#define PMC_CAN_MARK_EMPTY (1u << 3) // WP_UNPOPULATED: an empty private page can be protected
+#define PMC_CAN_SPAN_VMAS (1u << 4) // UFFDIO_WRITEPROTECT takes a range of several mappings
+#define PMC_CAN_TRUST_MARKS (1u << 5) // a page that loses its registration loses its mark
+#define PMC_CAN_QUERY_MAPS (1u << 6) // PROCMAP_QUERY
+#define PMC_CAN_POPULATE (1u << 7) // MADV_POPULATE_READ
+#define PMC_CAN_GUARD (1u << 8) // MADV_GUARD_INSTALL: pages exist that cannot carry a mark
+
+// Kinds of memory; bits of pmc_range_kinds().
+#define PMC_KIND_ANON (1u << 0) // private anonymous
+#define PMC_KIND_SHARED (1u << 1) // shared, anonymous or tmpfs
+#define PMC_KIND_FILE (1u << 2) // private mapping of a file, or shared one of a regular file
+#define PMC_KIND_HUGETLB (1u << 3)
+
+// Flags of pmc_scan() and pmc_reset().
+#define PMC_ENGAGE (1u << 0) // write-protect what is returned
+#define PMC_REARM (1u << 1) // register what has lost its registration instead of failing
+
+struct pmc_tracker;
+struct pmc_range;
+
+struct pmc_config {
+	int32_t uffd; // after its handshake; owned by the tracker from then on
+	int32_t pagemap; // own /proc/self/pagemap; owned likewise
+	uint32_t abilities;
+};
+
+// An answer. Zero it before first use; regions ascend, are disjoint, and adjacent equal ones are merged.
+struct pmc_result {
+	struct page_region *regions; // malloc'ed; pmc_regions_free() frees them
+	uint64_t count;
+	uint64_t capacity;
+	uint64_t pages; // in all regions together
+	uint64_t walk_end; // where the scan stopped: the next call starts here
+	uint64_t untracked_start; // with -ENOENT: the first stretch that is not registered
+	uint64_t untracked_end;
+	const char *operation; // with -errno: the call that failed; static
+};
+
+struct pmc_statistics {
+	uint64_t faults; // write faults resolved by the fault thread
+	uint64_t scans; // peek and collect
+	uint64_t resets;
+	uint64_t pages; // handed out by collect
+	uint64_t ranges;
+	uint64_t tracked_bytes;
+	uint64_t owed_pages;
+};
+
+// -- Single calls. No state; any process and thread. ------------------------------------------------------
+
+// Opens a userfaultfd, non-blocking and close-on-exec. Returns the descriptor or -errno.
+int pmc_uffd_open(int how);
+// Asks for *features* and returns what the kernel said it has in *granted*. -EINVAL: one is not supported.
+int pmc_uffd_handshake(int uffd, uint64_t features, uint64_t *granted);
+// Registers [start, end) for write-protect faults; *ioctls* is the kernel's answer.
+int pmc_uffd_register(int uffd, uint64_t start, uint64_t end, uint64_t *ioctls);
+int pmc_uffd_unregister(int uffd, uint64_t start, uint64_t end);
+// Protects, or with *protect* 0 un-protects and wakes, in exactly one ioctl.
+int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, int protect);
+// One PAGEMAP_SCAN. Returns the number of regions or -errno.
+int pmc_pagemap_scan(int pagemap, struct pm_scan_arg *arg);
+// 1 if this descriptor of /proc/PID/maps answers PROCMAP_QUERY, else -errno.
+int pmc_maps_query(int maps);
+// madvise(2), by number: the C library's headers lack the newer ones.
+int pmc_madvise(uint64_t start, uint64_t end, int advice);
+// mremap(2) that moves the pages of private anonymous memory over whatever is at *to*, and leaves the mapping where it was.
+int pmc_mremap_pages(uint64_t from, uint64_t to, uint64_t length);
+
+// -- GET on any process -----------------------------------------------------------------------------------
+
+// Answers *arg* (no vector, no WP flag) for [arg->start, arg->end) of the process behind *pagemap*. With *maps* below 0
+// by the ioctl; else from pagemap words and the mappings listed by *maps*, where WPALLOWED is told by *registered*,
+// *registered_count* sorted ranges. -EOPNOTSUPP: a category that words cannot tell is asked for.
+// *drop_empty* leaves out regions with no category to report, before max_pages counts them.
+int pmc_query(int pagemap, int maps, const struct pm_scan_arg *arg, const struct page_region *registered,
+	      uint64_t registered_count, int drop_empty, struct pmc_result *result);
+
+// -- Trackers ---------------------------------------------------------------------------------------------
+
+// Takes over both descriptors, on failure too, and starts the fault thread unless PMC_CAN_ASYNC.
+int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config);
+// Unregisters everything, ends the fault thread, closes the descriptors. Waits for running calls. Idempotent. In a forked
+// child: only closes the child's copies.
+int pmc_tracker_close(struct pmc_tracker *tracker);
+// Closes and drops the caller's reference; memory goes with the last range.
+void pmc_tracker_destroy(struct pmc_tracker *tracker);
+// 0, or the PMC_E* that a call would get now. Never blocks.
+int pmc_tracker_state(struct pmc_tracker *tracker);
+int pmc_tracker_fault_errno(struct pmc_tracker *tracker);
+int pmc_tracker_statistics(struct pmc_tracker *tracker, struct pmc_statistics *ret);
+
+// Registers and protects [start, end), page aligned. Holes are skipped. Nothing is left behind on failure.
+int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64_t start, uint64_t end,
+		     struct pmc_result *result);
+// Unregisters. Idempotent.
+int pmc_range_close(struct pmc_range *range);
+void pmc_range_destroy(struct pmc_range *range);
+// Kinds of memory in it, and the size of its largest page in bytes.
+uint32_t pmc_range_kinds(struct pmc_range *range);
+uint64_t pmc_range_granularity(struct pmc_range *range);
+// 1 if every page could carry a mark when it was last armed, so that reads are never taken for writes.
+int pmc_range_exact(struct pmc_range *range);
+
+// Appends the written pages of [start, end) to *result*, at most max_pages (0: all), and with PMC_ENGAGE protects exactly
+// those. 0, also when memory for the result ran out (then walk_end < end). On an error what was taken is in *result*,
+// and walk_end says up to where.
+int pmc_scan(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
+	     struct pmc_result *result);
+// Protects [start, end) whatever it held; takes PMC_REARM.
+int pmc_reset(struct pmc_range *range, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result);
+// Un-protects; every mapped page counts as written once.
+int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
+// Registers and protects what has lost its registration; its pages count as written once.
+int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
+// Gives the pages of a result that reached nobody back: the next scan returns them again.
+int pmc_owe(struct pmc_range *range, const struct pmc_result *result);
+
+// -- Results ----------------------------------------------------------------------------------------------
+
+void pmc_regions_free(struct page_region *regions);
+// Sets bit (page - base) of *bits*, least significant first, for each page of *regions*.
+void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t base, uint32_t page_shift,
+		     unsigned char *bits);
+
+#endif

@@ -1,0 +1,260 @@
+// Engine `pagemap-scan`: the ioctl itself, on memory registered with an asynchronous userfaultfd.
+//
+// Rules that every call here keeps, each for a kernel that needs it:
+//  - The vector is ours and mapped: an ioctl that cannot copy out has protected the pages already.
+//  - It is zero before the call: an ioctl that fails in its middle (EPERM at a mapping that is not registered, ENOMEM, EINTR)
+//    returns -1 and an arbitrary walk_end, but has stored what it had protected by then.
+//  - It has 512 regions: with more, walk_end can lie (seen on 6.18). Fewer regions than that is a finished scan; else the next
+//    one starts at walk_end or behind the last region, whichever is further.
+//  - WP_MATCHING never meets hugetlb memory, where kernels before 7.2 wait for themselves (e92d92bbafb2).
+//  - WP_MATCHING without a vector never cuts through a huge page (NULL dereference up to 6.14 at least).
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+#include "internal.h"
+
+// How often one scan may fail at a mapping that is registered when looked at.
+#define RETRIES 64
+
+int pmc_pagemap_scan(int pagemap, struct pm_scan_arg *arg)
+{
+	arg->size = sizeof(*arg);
+	int rc = ioctl(pagemap, PAGEMAP_SCAN, arg);
+	return rc < 0 ? -errno : rc;
+}
+
+// Runs *arg* into its vector, which must be zero. Returns what was stored, also on an error, which is put in *error*;
+// arg->walk_end says where to go on.
+static uint64_t scan(struct pmc_tracker *tracker, struct pm_scan_arg *arg, int *error)
+{
+	const struct page_region *vec = (const struct page_region *)(uintptr_t)arg->vec;
+	uint64_t count = 0;
+
+	tracker->operation = "PAGEMAP_SCAN";
+	int rc = pmc_pagemap_scan(tracker->pagemap, arg);
+	*error = rc < 0 ? rc : 0;
+	if (rc >= 0)
+		count = (uint64_t)rc;
+	else
+		while (count < arg->vec_len && vec[count].end)
+			count++;
+	uint64_t last = count ? vec[count - 1].end : arg->start;
+	if (*error)
+		arg->walk_end = last;
+	else if (arg->max_pages || count == arg->vec_len)
+		arg->walk_end = max_u64(arg->walk_end, last);
+	else
+		arg->walk_end = arg->end;
+	return count;
+}
+
+static struct pm_scan_arg written_arg(uint64_t start, uint64_t end, bool engage, struct page_region *vec, uint64_t len)
+{
+	// CHECK_WPASYNC also without WP_MATCHING: unregistered memory fails the call then, instead of being written or not by the
+	// state of its page tables. Exactly these masks take the kernel's fast path, 4 to 9 times quicker than any other query, and the one on which an
+	// empty entry in an existing page table is written on every kernel (fs/proc/task_mmu.c: pagemap_scan_pmd_entry).
+	return (struct pm_scan_arg){
+		.flags = PM_SCAN_CHECK_WPASYNC | (engage ? PM_SCAN_WP_MATCHING : 0),
+		.start = start,
+		.end = end,
+		.vec = (uint64_t)(uintptr_t)vec,
+		.vec_len = len,
+		.category_mask = PAGE_IS_WRITTEN,
+		.return_mask = PAGE_IS_WRITTEN,
+	};
+}
+
+int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to)
+{
+	struct page_region region = { 0 };
+	struct pm_scan_arg arg = {
+		.start = start,
+		.end = end,
+		.vec = (uint64_t)(uintptr_t)&region,
+		.vec_len = 1,
+		.category_inverted = PAGE_IS_WPALLOWED,
+		.category_mask = PAGE_IS_WPALLOWED,
+	};
+	int error;
+	uint64_t count = scan(range->tracker, &arg, &error);
+	if (error)
+		return error;
+	*from = region.start;
+	*to = region.end;
+	return (int)count;
+}
+
+// The union of two ascending lists, as far as *stop*.
+static uint64_t merge(struct page_region *vec, const struct page_region *a, uint64_t a_count, const struct page_region *b,
+		      uint64_t b_count, uint64_t stop)
+{
+	uint64_t count = 0;
+	for (uint64_t i = 0, j = 0; i < a_count || j < b_count;) {
+		bool from_a = j == b_count || (i < a_count && a[i].start <= b[j].start);
+		struct page_region next = from_a ? a[i++] : b[j++];
+		if (next.start >= stop)
+			continue;
+		next.end = min_u64(next.end, stop);
+		next.categories = PAGE_IS_WRITTEN;
+		if (count && next.start <= vec[count - 1].end)
+			vec[count - 1].end = max_u64(vec[count - 1].end, next.end);
+		else
+			vec[count++] = next;
+	}
+	return count;
+}
+
+// Kernels that call an empty page unchanged where no page table is left (6.7 to 7.1 but for those with 07b4377bdbe7), and
+// misread swap entries on the fast path (6.7 and 6.8, fixed by 2c7ad9a590d1): a second query finds both. It asks first and
+// changes nothing, so a page that it names is in this answer whatever happens until UFFDIO_WRITEPROTECT arms it.
+static uint64_t scan_twice(struct pmc_tracker *tracker, struct pm_scan_arg *arg, int *error)
+{
+	struct page_region *forgotten = tracker->halves[0], *own = tracker->halves[1];
+	struct pm_scan_arg ask = {
+		.start = arg->start,
+		.end = arg->end,
+		.vec = (uint64_t)(uintptr_t)forgotten,
+		.vec_len = PMC_REGIONS / 2,
+		.category_inverted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+		.category_mask = PAGE_IS_PRESENT,
+		.category_anyof_mask = PAGE_IS_SWAPPED | PAGE_IS_WRITTEN,
+	};
+	uint64_t forgotten_count = scan(tracker, &ask, error), own_count = 0, count = 0;
+
+	arg->walk_end = arg->start;
+	if (!*error) {
+		bool engage = arg->flags & PM_SCAN_WP_MATCHING;
+		struct pm_scan_arg take = written_arg(arg->start, ask.walk_end, engage, own, PMC_REGIONS / 2);
+		own_count = scan(tracker, &take, error);
+		arg->walk_end = take.walk_end;
+		for (uint64_t i = 0; engage && i < forgotten_count && forgotten[i].start < take.walk_end; i++) {
+			uint64_t untracked;
+			int rc = pmc_protect(tracker, forgotten[i].start, min_u64(forgotten[i].end, take.walk_end), 1,
+					     &untracked);
+			// Lost its registration since the scan saw it: in this answer it is written, and the next scan says why.
+			if (rc && rc != -ENOENT && !*error)
+				*error = rc;
+		}
+		count = merge((struct page_region *)(uintptr_t)arg->vec, forgotten, forgotten_count, own, own_count,
+			      take.walk_end);
+	}
+	memset(forgotten, 0, forgotten_count * sizeof(*forgotten));
+	memset(own, 0, own_count * sizeof(*own));
+	return count;
+}
+
+// Nobody knows what was written to memory that is not registered, so GET calls all of it written.
+static int put_untracked(struct pm_scan_arg *arg, uint64_t start, uint64_t end, const struct pmc_tracker *tracker)
+{
+	struct output out = {
+		.vec = (struct page_region *)(uintptr_t)arg->vec,
+		.capacity = arg->vec_len,
+		.max_pages = arg->max_pages,
+		.page_shift = tracker->page_shift,
+	};
+	arg->walk_end = pmc_output_add(&out, start, end, PAGE_IS_WRITTEN, page_size_of(tracker));
+	return (int)out.count;
+}
+
+int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	bool twice = !(tracker->abilities & PMC_CAN_SCAN_HOLES);
+
+	// A limit cannot be kept across two queries; the words keep it.
+	if (piece->kind == PMC_KIND_HUGETLB || (twice && arg->max_pages))
+		return pmc_words_scan(range, piece, arg);
+
+	uint64_t start = arg->start, end = arg->end, to;
+	for (unsigned retries = 0; retries < RETRIES; retries++) {
+		struct pm_scan_arg take = written_arg(start, end, arg->flags & PM_SCAN_WP_MATCHING,
+						      (struct page_region *)(uintptr_t)arg->vec, arg->vec_len);
+		int error;
+		take.max_pages = arg->max_pages;
+		uint64_t count = twice ? scan_twice(tracker, &take, &error) : scan(tracker, &take, &error);
+		arg->walk_end = take.walk_end;
+		// An error that took pages with it is reported when it comes again, with nothing in its way.
+		if (!error || count)
+			return (int)count;
+		if (error != -EPERM)
+			return error;
+		int found = pmc_kernel_next_untracked(range, start, arg->end, &end, &to);
+		if (found < 0)
+			return found;
+		if (!found)
+			end = arg->end;
+		else if (end == start)
+			return arg->flags & PM_SCAN_WP_MATCHING ? -ENOENT : put_untracked(arg, start, to, tracker);
+	}
+	return -EAGAIN;
+}
+
+// Protects [start, end) without a vector.
+static int protect_only(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end)
+{
+	uint64_t limit = end, to;
+	*walk_end = start;
+	for (unsigned retries = 0; retries < RETRIES; retries++) {
+		struct pm_scan_arg arg = {
+			.flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+			.start = start,
+			.end = limit,
+		};
+		range->tracker->operation = "PAGEMAP_SCAN";
+		int rc = pmc_pagemap_scan(range->tracker->pagemap, &arg);
+		if (!rc) {
+			*walk_end = limit;
+			return limit < end ? -ENOENT : 0;
+		}
+		if (rc != -EPERM)
+			return rc;
+		int found = pmc_kernel_next_untracked(range, start, end, &limit, &to);
+		if (found < 0)
+			return found;
+		if (!found)
+			limit = end;
+		else if (limit == start)
+			return -ENOENT;
+	}
+	return -EAGAIN;
+}
+
+// Protects [start, end) by taking what is written and forgetting it.
+static int take_and_forget(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
+			   uint64_t *walk_end)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	for (*walk_end = start; *walk_end < end;) {
+		struct pm_scan_arg arg = {
+			.flags = PM_SCAN_WP_MATCHING,
+			.start = *walk_end,
+			.end = end,
+			.vec = (uint64_t)(uintptr_t)tracker->regions,
+			.vec_len = PMC_REGIONS,
+		};
+		int count = pmc_kernel_scan(range, piece, &arg);
+		*walk_end = arg.walk_end;
+		if (count < 0)
+			return count;
+		memset(tracker->regions, 0, (size_t)count * sizeof(*tracker->regions));
+	}
+	return 0;
+}
+
+int pmc_kernel_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
+		     uint64_t *walk_end)
+{
+	if (piece->kind == PMC_KIND_HUGETLB)
+		return pmc_words_reset(range, piece, start, end, walk_end);
+	// What one page table of the lowest level maps, which is a huge page (PMD_SIZE).
+	uint64_t size = page_size_of(range->tracker), huge = size * (size / sizeof(uint64_t));
+	uint64_t inner = min_u64(align_up(start, huge), end), inner_end = max_u64(align_down(end, huge), inner);
+	int rc = take_and_forget(range, piece, start, inner, walk_end);
+	if (!rc && inner < inner_end)
+		rc = protect_only(range, inner, inner_end, walk_end);
+	if (!rc && inner_end < end)
+		rc = take_and_forget(range, piece, inner_end, end, walk_end);
+	return rc;
+}

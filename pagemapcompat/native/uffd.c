@@ -1,0 +1,172 @@
+// userfaultfd: one function per ioctl, and write-protection over any mix of mappings.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+// How often one look-up may find that the mappings changed between reading them and using what was read.
+#define RETRIES 64
+
+int pmc_uffd_open(int how)
+{
+	if (how == PMC_UFFD_DEVICE) {
+		int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+		if (device < 0)
+			return -errno;
+		int uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+		int rc = uffd < 0 ? -errno : uffd;
+		close(device);
+		return rc;
+	}
+	int flags = O_CLOEXEC | O_NONBLOCK | (how == PMC_UFFD_USER_MODE_ONLY ? UFFD_USER_MODE_ONLY : 0);
+	long uffd = syscall(SYS_userfaultfd, flags);
+	return uffd < 0 ? -errno : (int)uffd;
+}
+
+int pmc_uffd_handshake(int uffd, uint64_t features, uint64_t *granted)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+	if (ioctl(uffd, UFFDIO_API, &api))
+		return -errno;
+	*granted = api.features;
+	return 0;
+}
+
+int pmc_uffd_register(int uffd, uint64_t start, uint64_t end, uint64_t *ioctls)
+{
+	struct uffdio_register arg = {
+		.range = { start, end - start },
+		.mode = UFFDIO_REGISTER_MODE_WP,
+	};
+	if (ioctl(uffd, UFFDIO_REGISTER, &arg))
+		return -errno;
+	*ioctls = arg.ioctls;
+	return 0;
+}
+
+int pmc_uffd_unregister(int uffd, uint64_t start, uint64_t end)
+{
+	struct uffdio_range arg = { start, end - start };
+	return ioctl(uffd, UFFDIO_UNREGISTER, &arg) ? -errno : 0;
+}
+
+int pmc_uffd_wake(int uffd, uint64_t start, uint64_t end)
+{
+	struct uffdio_range arg = { start, end - start };
+	return ioctl(uffd, UFFDIO_WAKE, &arg) ? -errno : 0;
+}
+
+int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, int protect)
+{
+	struct uffdio_writeprotect arg = {
+		.range = { start, end - start },
+		.mode = protect ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
+	};
+	// EAGAIN only while an EVENT_* message is unread (mmap_changing), and none is ever asked for; EINTR is a signal.
+	int rc;
+	do
+		rc = ioctl(uffd, UFFDIO_WRITEPROTECT, &arg);
+	while (rc && (errno == EINTR || errno == EAGAIN));
+	return rc ? -errno : 0;
+}
+
+int pmc_uffd_is_registered(int uffd, uint64_t address, uint64_t page_size)
+{
+	// A page that holds anything, a mark included, refuses a zero page with EEXIST, and memory without a userfaultfd with
+	// ENOENT, before anything is done (mm/userfaultfd.c: find_dst_vma, mfill_atomic_pte_zeropage; same in 5.10 and 6.18).
+	// A page discarded a moment ago takes it: it was empty, reads the same, and carries no mark: written.
+	struct uffdio_zeropage arg = {
+		.range = { address, page_size },
+		.mode = UFFDIO_ZEROPAGE_MODE_DONTWAKE,
+	};
+	if (ioctl(uffd, UFFDIO_ZEROPAGE, &arg) == 0 || errno == EEXIST)
+		return 1;
+	return errno == ENOENT ? 0 : -errno;
+}
+
+int pmc_madvise(uint64_t start, uint64_t end, int advice)
+{
+	return madvise((void *)(uintptr_t)start, end - start, advice) ? -errno : 0;
+}
+
+// One mapping after the other: what kernels before 6.4 need (a1b92a3f1498 let one call span mappings), and what finds the
+// culprit on any.
+static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t end, int protect, uint64_t *untracked)
+{
+	struct vmas *vmas = &tracker->vmas;
+	uint64_t pos = start, failed_start = 0, failed_end = 0;
+
+	for (unsigned retries = 0; pos < end;) {
+		struct vma vma;
+		int rc = pmc_vmas_at(vmas, pos, &vma);
+		if (rc < 0)
+			return rc;
+		if (!rc || vma.start >= end)
+			return 0;
+		uint64_t from = max_u64(vma.start, pos), to = min_u64(vma.end, end);
+		rc = pmc_uffd_writeprotect(tracker->uffd, from, to, protect);
+		if (rc == -ENOENT) {
+			// Not registered, or no longer the mapping that was read: only if it is still the same it is the former.
+			if ((from == failed_start && to == failed_end) || ++retries > RETRIES) {
+				*untracked = from;
+				return -ENOENT;
+			}
+			failed_start = from;
+			failed_end = to;
+			pmc_vmas_refresh(vmas);
+			continue;
+		}
+		if (rc)
+			return rc;
+		pos = to;
+	}
+	return 0;
+}
+
+int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, int protect, uint64_t *untracked)
+{
+	*untracked = end;
+	tracker->operation = "UFFDIO_WRITEPROTECT";
+	if (tracker->abilities & PMC_CAN_SPAN_VMAS) {
+		int rc = pmc_uffd_writeprotect(tracker->uffd, start, end, protect);
+		if (rc != -ENOENT)
+			return rc;
+		pmc_vmas_refresh(&tracker->vmas);
+	}
+	return protect_each(tracker, start, end, protect, untracked);
+}
+
+int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t start, uint64_t end)
+{
+	int first = pmc_uffd_unregister(tracker->uffd, start, end);
+	if (first == -EINVAL) {
+		// Nothing is mapped, or something that no userfaultfd may hold was mapped in a hole: the kernel then refuses the
+		// whole call, and leaving the rest registered would leave its writers asleep.
+		struct vma vma;
+		uint64_t pos = start;
+		first = 0;
+		pmc_vmas_refresh(vmas);
+		while (pos < end && (first = pmc_vmas_at(vmas, pos, &vma)) > 0 && vma.start < end) {
+			pos = min_u64(vma.end, end);
+			int rc = pmc_uffd_unregister(tracker->uffd, max_u64(vma.start, start), pos);
+			if (rc && rc != -EINVAL)
+				return rc;
+		}
+		first = first < 0 ? first : 0;
+	}
+	// A writer that waits where a munmap has just been is in no mapping that UNREGISTER could find.
+	int rc = pmc_uffd_wake(tracker->uffd, start, end);
+	return first ? first : rc;
+}
+
+int pmc_mremap_pages(uint64_t from, uint64_t to, uint64_t length)
+{
+	int flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP; // the last since 5.7
+	void *moved = mremap((void *)(uintptr_t)from, length, length, flags, (void *)(uintptr_t)to);
+	return moved == MAP_FAILED ? -errno : 0;
+}

@@ -1,0 +1,190 @@
+// The mappings of a process: by PROCMAP_QUERY where the kernel has it, else from the text of /proc/PID/maps.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+int pmc_maps_query(int maps)
+{
+	struct procmap_query query = { .size = sizeof(query), .query_flags = PROCMAP_QUERY_COVERING_OR_NEXT_VMA };
+	if (ioctl(maps, PROCMAP_QUERY, &query) == 0 || errno == ENOENT)
+		return 1;
+	return -errno;
+}
+
+int pmc_vmas_open(struct vmas *vmas, bool query, bool sizes)
+{
+	int fd = open(sizes ? "/proc/self/smaps" : "/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	vmas->fd = fd;
+	vmas->query = query && !sizes;
+	vmas->sizes = sizes;
+	vmas->page_shift = pmc_page_shift();
+	pmc_vmas_refresh(vmas);
+	return 0;
+}
+
+void pmc_vmas_close(struct vmas *vmas)
+{
+	if (vmas->fd >= 0)
+		close(vmas->fd);
+	vmas->fd = -1;
+}
+
+void pmc_vmas_refresh(struct vmas *vmas)
+{
+	vmas->ahead_valid = false;
+	vmas->ended = false;
+	vmas->floor = UINT64_MAX; // makes the next look-up begin at the top of the file
+}
+
+static uint32_t kind_of(bool shared, uint64_t inode, uint32_t vma_shift, uint32_t page_shift)
+{
+	if (vma_shift != page_shift)
+		return PMC_KIND_HUGETLB;
+	if (shared)
+		return PMC_KIND_SHARED;
+	return inode ? PMC_KIND_FILE : PMC_KIND_ANON;
+}
+
+static int query_at(struct vmas *vmas, uint64_t address, struct vma *ret)
+{
+	struct procmap_query query = {
+		.size = sizeof(query),
+		.query_flags = PROCMAP_QUERY_COVERING_OR_NEXT_VMA,
+		.query_addr = address,
+	};
+	int rc;
+	do
+		rc = ioctl(vmas->fd, PROCMAP_QUERY, &query);
+	while (rc < 0 && errno == EINTR);
+	if (rc < 0)
+		return errno == ENOENT ? 0 : -errno;
+	uint32_t shift = (uint32_t)__builtin_ctzll(query.vma_page_size);
+	*ret = (struct vma){
+		.start = query.vma_start,
+		.end = query.vma_end,
+		.kind = kind_of(query.vma_flags & PROCMAP_QUERY_VMA_SHARED, query.inode, shift, vmas->page_shift),
+		.page_shift = shift,
+		.readable = query.vma_flags & PROCMAP_QUERY_VMA_READABLE,
+	};
+	return 1;
+}
+
+// The next line, without its newline, or NULL at the end (*rc 0) or on an error. Lines longer than the buffer (paths) lose their tail.
+static char *next_line(struct vmas *vmas, int *rc)
+{
+	*rc = 0;
+	for (;;) {
+		char *line = vmas->text + vmas->used;
+		char *newline = memchr(line, '\n', vmas->have - vmas->used);
+		if (newline) {
+			*newline = 0;
+			vmas->used = (size_t)(newline - vmas->text) + 1;
+			return line;
+		}
+		if (vmas->used) {
+			vmas->have -= vmas->used;
+			memmove(vmas->text, line, vmas->have);
+			vmas->used = 0;
+		}
+		if (vmas->have == sizeof(vmas->text))
+			vmas->have = sizeof(vmas->text) / 2;
+		ssize_t got = read(vmas->fd, vmas->text + vmas->have, sizeof(vmas->text) - vmas->have);
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0) {
+			*rc = got < 0 ? -errno : 0;
+			return NULL;
+		}
+		vmas->have += (size_t)got;
+	}
+}
+
+static uint64_t parse(const char **text, unsigned base)
+{
+	uint64_t value = 0;
+	for (;; (*text)++) {
+		char c = **text;
+		unsigned digit = c >= '0' && c <= '9' ? (unsigned)(c - '0') : c >= 'a' && c <= 'f' ? (unsigned)(c - 'a') + 10 : base;
+		if (digit >= base)
+			return value;
+		value = value * base + digit;
+	}
+}
+
+static const char *skip_field(const char *text)
+{
+	while (*text && *text != ' ')
+		text++;
+	while (*text == ' ')
+		text++;
+	return text;
+}
+
+// "start-end perms offset device inode path"; in smaps, indented facts follow.
+static int text_next(struct vmas *vmas)
+{
+	int rc;
+	char *line = next_line(vmas, &rc);
+	if (!line)
+		return rc;
+	const char *at = line;
+	struct vma vma = { .page_shift = vmas->page_shift };
+	vma.start = parse(&at, 16);
+	at++;
+	vma.end = parse(&at, 16);
+	at = skip_field(at);
+	vma.readable = at[0] == 'r';
+	bool shared = at[3] == 's';
+	at = skip_field(skip_field(skip_field(at)));
+	uint64_t inode = parse(&at, 10);
+	if (vmas->sizes) {
+		static const char key[] = "KernelPageSize:", last[] = "VmFlags:";
+		do {
+			line = next_line(vmas, &rc);
+			if (!line)
+				return rc;
+			if (strncmp(line, key, sizeof(key) - 1) == 0) {
+				at = skip_field(line);
+				vma.page_shift = (uint32_t)__builtin_ctzll(parse(&at, 10) << 10);
+			}
+		} while (strncmp(line, last, sizeof(last) - 1) != 0);
+	}
+	vma.kind = kind_of(shared, inode, vma.page_shift, vmas->page_shift);
+	vmas->floor = vmas->ahead_valid ? vmas->ahead.end : 0;
+	vmas->ahead = vma;
+	vmas->ahead_valid = true;
+	return 1;
+}
+
+int pmc_vmas_at(struct vmas *vmas, uint64_t address, struct vma *ret)
+{
+	if (vmas->query)
+		return query_at(vmas, address, ret);
+	if (address < vmas->floor) {
+		if (lseek(vmas->fd, 0, SEEK_SET) < 0)
+			return -errno;
+		vmas->have = vmas->used = 0;
+		vmas->ahead_valid = vmas->ended = false;
+		vmas->floor = 0;
+	}
+	while (!vmas->ended && (!vmas->ahead_valid || vmas->ahead.end <= address)) {
+		int rc = text_next(vmas);
+		if (rc < 0)
+			return rc;
+		if (!rc) {
+			vmas->ended = true;
+			vmas->floor = vmas->ahead_valid ? vmas->ahead.end : 0;
+		}
+	}
+	if (vmas->ended)
+		return 0;
+	*ret = vmas->ahead;
+	return 1;
+}

@@ -1,0 +1,443 @@
+// Engine `uffd-wp`: PAGEMAP_SCAN answered from the words of /proc/self/pagemap and UFFDIO_WRITEPROTECT.
+//
+// What makes it lossless. A page is protected only after it was read as written, and is then part of this answer: stores
+// before the protection are covered by it, stores after it fault. A page read as unchanged is left alone, so whatever
+// happens to it next is seen next time. Protecting a whole range after reading it would be cheaper and is allowed only
+// where nothing can make an unchanged page writable in between: the fault thread is held off by fault_lock, but no
+// lock holds off a MADV_DONTNEED, after which a private page is empty, can be written without a fault, and
+// would then be protected with nobody told. Shared pages keep their mark through it (mm/memory.c:
+// zap_install_uffd_wp_if_needed, since 5.19), so for them, and only for them, the whole-range call is used.
+//
+// What a word tells:
+//   mark (bit 57)      unchanged since it was protected
+//   no mark            written, or never protected, or not mapped at all: then the word is 0 and the mappings decide
+//   empty or guard     cannot carry a mark (empty: private anonymous memory without WP_UNPOPULATED). One bit a page,
+//                      *quiet*, remembers that it was so when last asked for; still so is unchanged.
+// Without bit 57 (before 5.14) the fault thread's log stands in for it, and each call protects everything again,
+// under fault_lock: a page discarded and written again has lost its protection, and nothing shows that. Such a write is
+// missed, but no later one.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+// On shared memory one call over a chunk replaces its runs when there is more than one run per this many pages: a call
+// per run costs 0.8 us alone and 16 us beside a busy thread (a TLB flush each), a page of the range 18 ns.
+#define PAGES_PER_RUN 256
+
+static bool logs(const struct pmc_tracker *tracker)
+{
+	return !(tracker->abilities & PMC_CAN_SEE_MARKS);
+}
+
+int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_shift, uint32_t page_shift,
+		   uint64_t *words)
+{
+	// A huge page has one entry, which pagemap repeats for each of its pages.
+	uint64_t step = unit_shift == page_shift ? count : 1;
+	for (uint64_t done = 0; done < count; done += step) {
+		char *into = (char *)(words + done);
+		size_t left = step * sizeof(*words);
+		off_t from = (off_t)(((start + (done << unit_shift)) >> page_shift) * sizeof(*words));
+		while (left) {
+			ssize_t got = pread(pagemap, into, left, from);
+			if (got < 0 && errno == EINTR)
+				continue;
+			if (got < 0)
+				return -errno;
+			if (!got)
+				return -ESRCH;
+			into += got;
+			from += got;
+			left -= (size_t)got;
+		}
+	}
+	return 0;
+}
+
+// One pass over one piece.
+struct pass {
+	struct pmc_range *range;
+	struct pmc_tracker *tracker;
+	uint32_t unit_shift;
+	uint32_t kind;
+	bool engage;
+	uint64_t marked; // a page with any of these bits is unchanged
+	struct output out;
+};
+
+static uint64_t unit_of(const struct pass *pass)
+{
+	return 1ull << pass->unit_shift;
+}
+
+static bool is_unmarkable(const struct pass *pass, uint64_t word)
+{
+	if (word & PM_WORD_GUARD)
+		return true;
+	return !word && pass->kind == PMC_KIND_ANON && !(pass->tracker->abilities & PMC_CAN_MARK_EMPTY);
+}
+
+enum state { UNCHANGED, WRITTEN, WRITTEN_IF_MAPPED };
+
+static enum state state_of(const struct pass *pass, uint64_t word, uint64_t page)
+{
+	if (word & pass->marked)
+		return UNCHANGED;
+	bool quiet = bit_test(pass->range->quiet, page);
+	if (logs(pass->tracker)) {
+		if (bit_test(pass->range->log, page))
+			return WRITTEN;
+		if (is_unmarkable(pass, word) == quiet)
+			return UNCHANGED;
+	} else if (quiet && is_unmarkable(pass, word)) {
+		return UNCHANGED;
+	}
+	return word ? WRITTEN : WRITTEN_IF_MAPPED;
+}
+
+// Puts the written pages among [pos, end) out. *stop: the first written page that did not fit, else end.
+static int gather(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *stop)
+{
+	const uint64_t *words = pass->tracker->words;
+	uint64_t unit = unit_of(pass), pages = unit >> pass->tracker->page_shift;
+	uint64_t count = (end - pos) >> pass->unit_shift, first = page_index(pass->range, pos);
+
+	for (uint64_t i = 0; i < count;) {
+		// Nearly all pages of nearly all ranges end here.
+		while (i < count && words[i] & pass->marked)
+			i++;
+		if (i == count)
+			break;
+		enum state state = state_of(pass, words[i], first + i * pages);
+		uint64_t run = i++;
+		while (i < count && state_of(pass, words[i], first + i * pages) == state)
+			i++;
+		if (state == UNCHANGED)
+			continue;
+		uint64_t from = pos + run * unit, to = pos + i * unit;
+		while (from < to) {
+			uint64_t until = to;
+			if (state == WRITTEN_IF_MAPPED) {
+				struct vma vma;
+				int rc = pmc_vmas_at(&pass->tracker->vmas, from, &vma);
+				if (rc < 0) {
+					pass->tracker->operation = "/proc/self/maps";
+					return rc;
+				}
+				if (!rc || vma.start >= to)
+					break;
+				from = max_u64(from, vma.start);
+				until = min_u64(to, vma.end);
+			}
+			uint64_t fitted = pmc_output_add(&pass->out, from, until, PAGE_IS_WRITTEN, unit);
+			if (fitted < until) {
+				*stop = fitted;
+				return 0;
+			}
+			from = until;
+		}
+	}
+	*stop = end;
+	return 0;
+}
+
+// Gives every empty page of the readable private anonymous mappings in [start, end) the zero page, so that it can carry
+// a mark and a later read does not look like a change. Never by a plain load: a mprotect in another thread would turn it into
+// a SIGSEGV. Returns whether all of it is populated now.
+static bool populate(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
+{
+	bool all = true;
+	struct vma vma;
+	for (uint64_t pos = start; pos < end && pmc_vmas_at(&tracker->vmas, pos, &vma) > 0 && vma.start < end;) {
+		uint64_t from = max_u64(vma.start, pos), to = min_u64(vma.end, end);
+		pos = to;
+		if (vma.kind != PMC_KIND_ANON)
+			continue;
+		if (!vma.readable) {
+			all = false;
+			continue;
+		}
+		if (tracker->abilities & PMC_CAN_POPULATE && pmc_madvise(from, to, PMC_MADV_POPULATE_READ) == 0)
+			continue;
+		struct iovec remote[64];
+		char bytes[sizeof(remote) / sizeof(*remote)];
+		struct iovec local = { bytes, 0 };
+		uint64_t size = page_size_of(tracker);
+		while (from < to) {
+			unsigned n = 0;
+			uint64_t at = from;
+			for (; at < to && n < sizeof(bytes); at += size)
+				remote[n++] = (struct iovec){ (void *)(uintptr_t)at, 1 };
+			local.iov_len = n;
+			ssize_t got = process_vm_readv(getpid(), &local, 1, remote, n, 0);
+			if (got <= 0) {
+				all = false; // a guard page, or unmapped meanwhile: step over it
+				got = 1;
+			}
+			from += (uint64_t)got * size;
+		}
+	}
+	return all;
+}
+
+static bool needs_population(const struct pass *pass)
+{
+	return pass->kind == PMC_KIND_ANON && !(pass->tracker->abilities & PMC_CAN_MARK_EMPTY);
+}
+
+// Notes for each page of [from, to), whose words begin at *pos*, whether it could carry a mark.
+static void remember(const struct pass *pass, uint64_t pos, uint64_t from, uint64_t to)
+{
+	struct pmc_range *range = pass->range;
+	const uint64_t *words = pass->tracker->words;
+	uint64_t pages = unit_of(pass) >> pass->tracker->page_shift;
+
+	for (uint64_t i = (from - pos) >> pass->unit_shift; i < (to - pos) >> pass->unit_shift; i++) {
+		uint64_t page = page_index(range, pos) + i * pages;
+		bool quiet = is_unmarkable(pass, words[i]);
+		if (quiet == bit_test(range->quiet, page))
+			continue;
+		if (quiet)
+			bit_set(range->quiet, page);
+		else
+			bit_clear(range->quiet, page);
+		range->quiet_used |= quiet;
+	}
+}
+
+// Protects what gather() put out of [pos, stop), and remembers what could not be. -ENOENT: *stop is the untracked page.
+static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
+{
+	struct pmc_range *range = pass->range;
+	struct pmc_tracker *tracker = pass->tracker;
+	struct output *out = &pass->out;
+	uint64_t index = out->count, untracked, last = pos;
+	int rc = 0;
+
+	while (index && out->vec[index - 1].end > pos)
+		index--;
+	uint64_t runs = out->count - index;
+	bool whole = logs(tracker) || (pass->kind == PMC_KIND_SHARED &&
+				       runs * PAGES_PER_RUN > (*stop - pos) >> tracker->page_shift);
+	for (uint64_t i = index; i < out->count && !rc; i++) {
+		uint64_t from = max_u64(out->vec[i].start, pos), to = out->vec[i].end;
+		if (needs_population(pass)) {
+			const uint64_t *words = tracker->words + ((from - pos) >> pass->unit_shift);
+			for (uint64_t k = 0; k < (to - from) >> pass->unit_shift; k++)
+				if (!words[k]) {
+					populate(tracker, from, to);
+					rc = pmc_words_read(tracker->pagemap, from, (to - from) >> pass->unit_shift,
+							    pass->unit_shift, tracker->page_shift,
+							    tracker->words + ((from - pos) >> pass->unit_shift));
+					tracker->operation = "/proc/self/pagemap";
+					break;
+				}
+		}
+		if (!rc && !whole)
+			rc = pmc_protect(tracker, from, to, 1, &untracked);
+		// After another error nobody knows how far it got: the run stays in the answer, protected or still written.
+		last = rc == -ENOENT ? untracked : to;
+	}
+	if (whole && !rc && *stop > pos) {
+		rc = pmc_protect(tracker, pos, *stop, 1, &untracked);
+		last = rc == -ENOENT ? untracked : *stop;
+	}
+	if (rc) {
+		*stop = last;
+		pmc_output_cut(out, last);
+	}
+	if (logs(tracker))
+		pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *stop), false);
+	// Only a written page can have become unmarkable; one that was has to be looked at wherever it is.
+	if (range->quiet_used) {
+		remember(pass, pos, pos, *stop);
+	} else {
+		for (uint64_t i = index; i < out->count; i++)
+			remember(pass, pos, max_u64(out->vec[i].start, pos), out->vec[i].end);
+	}
+	return rc;
+}
+
+int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	struct pass pass = {
+		.range = range,
+		.tracker = tracker,
+		.unit_shift = piece->page_shift,
+		.kind = piece->kind,
+		.engage = arg->flags & PM_SCAN_WP_MATCHING,
+		.marked = logs(tracker) ? 0 : PM_WORD_UFFD_WP,
+		.out = {
+			.vec = (struct page_region *)(uintptr_t)arg->vec,
+			.capacity = arg->vec_len,
+			.max_pages = arg->max_pages,
+			.page_shift = tracker->page_shift,
+		},
+	};
+	bool hold = pass.engage && (piece->kind == PMC_KIND_SHARED || logs(tracker));
+	bool confirm = logs(tracker) || !(tracker->abilities & PMC_CAN_TRUST_MARKS);
+	uint64_t pos = arg->start, chunk = (uint64_t)PMC_WORDS << piece->page_shift;
+	uint64_t untracked_from = 0, untracked_to = 0;
+	int rc = 0;
+
+	pmc_vmas_refresh(&tracker->vmas);
+	while (pos < arg->end && !rc) {
+		uint64_t end = min_u64(arg->end, align_down(pos, chunk) + chunk);
+		if (confirm && untracked_to <= pos) {
+			// A remapped page may still show its old mark, and the log never hears of it: ask for each mapping.
+			rc = pmc_words_next_untracked(range, pos, arg->end, &untracked_from, &untracked_to);
+			if (rc < 0)
+				break;
+			if (!rc)
+				untracked_from = untracked_to = UINT64_MAX;
+			rc = 0;
+		}
+		if (confirm && untracked_from <= pos) {
+			if (pass.engage) {
+				rc = -ENOENT;
+				break;
+			}
+			uint64_t to = min_u64(untracked_to, arg->end);
+			uint64_t fitted = pmc_output_add(&pass.out, pos, to, PAGE_IS_WRITTEN, unit_of(&pass));
+			pos = fitted;
+			if (fitted < to)
+				break;
+			continue;
+		}
+		if (confirm)
+			end = min_u64(end, untracked_from);
+
+		uint64_t stop = pos;
+		if (hold)
+			pmc_fair_lock(&tracker->fault_lock);
+		tracker->operation = "/proc/self/pagemap";
+		rc = pmc_words_read(tracker->pagemap, pos, (end - pos) >> piece->page_shift, piece->page_shift,
+				    tracker->page_shift, tracker->words);
+		if (!rc)
+			rc = gather(&pass, pos, end, &stop);
+		if (rc) {
+			// Nothing of this chunk is protected yet: take back what was put out of it.
+			pmc_output_cut(&pass.out, pos);
+			stop = pos;
+		} else if (pass.engage) {
+			rc = engage(&pass, pos, &stop);
+		}
+		if (hold)
+			pmc_fair_unlock(&tracker->fault_lock);
+		pos = stop;
+		if (stop < end)
+			break;
+	}
+	arg->walk_end = pos;
+	return rc ? rc : (int)pass.out.count;
+}
+
+int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
+		    uint64_t *walk_end)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	struct pass pass = {
+		.range = range,
+		.tracker = tracker,
+		.unit_shift = piece->page_shift,
+		.kind = piece->kind,
+	};
+	// Which pages could not be marked has to be read only where there can be such pages.
+	bool look = needs_population(&pass) || tracker->abilities & PMC_CAN_GUARD || logs(tracker);
+	uint64_t chunk = look ? (uint64_t)PMC_WORDS << piece->page_shift : end - start, untracked;
+	int rc = 0;
+
+	pmc_vmas_refresh(&tracker->vmas);
+	*walk_end = start;
+	for (uint64_t pos = start; pos < end; pos = *walk_end) {
+		uint64_t to = look ? min_u64(end, align_down(pos, chunk) + chunk) : end;
+		if (needs_population(&pass) && !populate(tracker, pos, to))
+			range->exact = false;
+		if (logs(tracker))
+			pmc_fair_lock(&tracker->fault_lock);
+		rc = pmc_protect(tracker, pos, to, 1, &untracked);
+		*walk_end = rc == -ENOENT ? untracked : rc ? pos : to;
+		if (logs(tracker)) {
+			pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *walk_end), false);
+			pmc_fair_unlock(&tracker->fault_lock);
+		}
+		if (look && *walk_end > pos) {
+			int read_rc = pmc_words_read(tracker->pagemap, pos, (*walk_end - pos) >> piece->page_shift,
+						     piece->page_shift, tracker->page_shift, tracker->words);
+			if (read_rc) {
+				tracker->operation = "/proc/self/pagemap";
+				return read_rc;
+			}
+			remember(&pass, pos, pos, *walk_end);
+		}
+		if (rc)
+			break;
+	}
+	return rc;
+}
+
+// Whether the mapping that holds [from, to) is registered: 1, 0 or -errno. Never taken for granted, never changed.
+static int is_registered(struct pmc_range *range, const struct vma *vma, uint64_t from)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	uint64_t word, size = 1ull << vma->page_shift, untracked;
+
+	from = align_down(from, size);
+	tracker->operation = "/proc/self/pagemap";
+	int rc = pmc_words_read(tracker->pagemap, from, 1, vma->page_shift, tracker->page_shift, &word);
+	if (rc)
+		return rc;
+	// A hugetlb mapping has no gentler question than its mark.
+	bool trusted = tracker->abilities & PMC_CAN_TRUST_MARKS || vma->kind == PMC_KIND_HUGETLB;
+	if (word & PM_WORD_UFFD_WP && trusted && !logs(tracker))
+		return 1;
+	if (word && !(word & PM_WORD_GUARD) && vma->kind != PMC_KIND_HUGETLB) {
+		tracker->operation = "UFFDIO_ZEROPAGE";
+		return pmc_uffd_is_registered(tracker->uffd, from, size);
+	}
+	// An empty page can only be asked by protecting it. It has no mark, so it counts as written already, unless it is
+	// known to be empty: then a write in between changes what is known, and is seen by that.
+	if (!bit_test(range->quiet, page_index(range, from)))
+		range->owed_count += pmc_bits_fill(range->owed, page_index(range, from),
+						   page_index(range, min_u64(from + size, range->end)), true);
+	rc = pmc_protect(tracker, from, from + size, 1, &untracked);
+	return rc == -ENOENT ? 0 : rc ? rc : 1;
+}
+
+int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	struct vma vma;
+	bool found = false;
+
+	for (uint64_t pos = start; pos < end;) {
+		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
+		if (rc < 0) {
+			tracker->operation = "/proc/self/maps";
+			return rc;
+		}
+		if (!rc || vma.start >= end)
+			break;
+		if (found && vma.start > *to)
+			break;
+		pos = max_u64(pos, vma.start);
+		rc = is_registered(range, &vma, pos);
+		if (rc < 0)
+			return rc;
+		if (rc && found)
+			break;
+		if (!rc) {
+			*from = found ? *from : pos;
+			*to = min_u64(vma.end, end);
+			found = true;
+		}
+		pos = vma.end;
+	}
+	return found;
+}
