@@ -160,6 +160,7 @@ struct pmc_tracker {
 	bool closed;
 	pthread_mutex_t mutex; // one call at a time
 	const char *operation; // the system call that failed last; under mutex
+	void *unreadable; // a page that nobody may read
 	atomic_uint *alive; // 1; a page that the kernel zeroes in a forked child (MADV_WIPEONFORK)
 
 	struct fair_lock fault_lock; // between the fault thread and whoever needs pages to stay protected
@@ -194,8 +195,8 @@ static inline uint64_t page_index(const struct pmc_range *range, uint64_t addres
 // -- uffd.c -------------------------------------------------------------------------------------------------
 
 int pmc_uffd_wake(int uffd, uint64_t start, uint64_t end);
-// 1: the page at *address*, which was not empty, is registered; 0: it is not; else -errno. Changes nothing that could be seen.
-int pmc_uffd_is_registered(int uffd, uint64_t address, uint64_t page_size);
+// Whether the page at *address*, *size* bytes, has a userfaultfd: 1, 0 or -errno. Changes nothing, whatever the page holds.
+int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, uint64_t size);
 // Protects (or un-protects) every mapping in [start, end), holes skipped. -ENOENT: *untracked is the first address that is
 // mapped and not registered; everything before it is done.
 int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, int protect, uint64_t *untracked);

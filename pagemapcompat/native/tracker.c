@@ -88,6 +88,7 @@ static void put(struct pmc_tracker *tracker)
 		return;
 	pmc_pages_free(tracker->stack, tracker->stack_size);
 	pmc_pages_free(tracker->alive, page_size_of(tracker));
+	pmc_pages_free(tracker->unreadable, page_size_of(tracker));
 	pmc_pages_free(tracker, sizeof(*tracker));
 }
 
@@ -129,8 +130,11 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 		rc = pmc_vmas_open(&tracker->thread_vmas, query, false);
 	if (!rc) {
 		tracker->alive = pmc_pages_alloc(page_size_of(tracker));
-		rc = tracker->alive ? 0 : -ENOMEM;
+		tracker->unreadable = pmc_pages_alloc(page_size_of(tracker));
+		rc = tracker->alive && tracker->unreadable ? 0 : -ENOMEM;
 	}
+	if (!rc)
+		rc = mprotect(tracker->unreadable, page_size_of(tracker), PROT_NONE) ? -errno : 0;
 	if (!rc) {
 		uint64_t alive = (uint64_t)(uintptr_t)tracker->alive;
 		rc = pmc_madvise(alive, alive + page_size_of(tracker), PMC_MADV_WIPEONFORK);

@@ -132,15 +132,17 @@ struct uffdio_writeprotect {
 	uint64_t mode;
 };
 
-struct uffdio_zeropage {
-	struct uffdio_range range;
+struct uffdio_copy {
+	uint64_t dst;
+	uint64_t src;
+	uint64_t len;
 	uint64_t mode;
-	int64_t zeropage; // out: bytes done, or -errno
+	int64_t copy; // out: bytes done, or -errno
 };
 
 #define UFFDIO_REGISTER_MODE_WP (1ull << 1)
 #define UFFDIO_WRITEPROTECT_MODE_WP (1ull << 0)
-#define UFFDIO_ZEROPAGE_MODE_DONTWAKE (1ull << 0)
+#define UFFDIO_COPY_MODE_DONTWAKE (1ull << 0)
 
 #define UFFDIO_ZEROPAGE_BIT 0x04
 
@@ -148,7 +150,7 @@ struct uffdio_zeropage {
 #define UFFDIO_REGISTER _IOWR(0xAA, 0x00, struct uffdio_register)
 #define UFFDIO_UNREGISTER _IOR(0xAA, 0x01, struct uffdio_range)
 #define UFFDIO_WAKE _IOR(0xAA, 0x02, struct uffdio_range)
-#define UFFDIO_ZEROPAGE _IOWR(0xAA, UFFDIO_ZEROPAGE_BIT, struct uffdio_zeropage)
+#define UFFDIO_COPY _IOWR(0xAA, 0x03, struct uffdio_copy)
 #define UFFDIO_WRITEPROTECT _IOWR(0xAA, 0x06, struct uffdio_writeprotect)
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00) // on /dev/userfaultfd, since 6.1
 

@@ -75,16 +75,22 @@ int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, int protect)
 	return rc ? -errno : 0;
 }
 
-int pmc_uffd_is_registered(int uffd, uint64_t address, uint64_t page_size)
+int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, uint64_t size)
 {
-	// A page that holds anything, a mark included, refuses a zero page with EEXIST, and memory without a userfaultfd with
-	// ENOENT, before anything is done (mm/userfaultfd.c: find_dst_vma, mfill_atomic_pte_zeropage; same in 5.10 and 6.18).
-	// A page discarded a moment ago takes it: it was empty, reads the same, and carries no mark: written.
-	struct uffdio_zeropage arg = {
-		.range = { address, page_size },
-		.mode = UFFDIO_ZEROPAGE_MODE_DONTWAKE,
+	// A copy that must fail. The kernel first looks for a mapping that has a userfaultfd, ENOENT without one; then at the page,
+	// EEXIST or ENOMEM; then reads the source, which nobody may, EFAULT; and only then would it change anything
+	// (mm/userfaultfd.c: find_dst_vma, mfill_atomic; the same order in 5.10 and 6.18).
+	struct uffdio_copy arg = {
+		.dst = address,
+		.src = (uint64_t)(uintptr_t)tracker->unreadable,
+		.len = size,
+		.mode = UFFDIO_COPY_MODE_DONTWAKE,
 	};
-	if (ioctl(uffd, UFFDIO_ZEROPAGE, &arg) == 0 || errno == EEXIST)
+	int rc;
+	do
+		rc = ioctl(tracker->uffd, UFFDIO_COPY, &arg);
+	while (rc && (errno == EINTR || errno == EAGAIN));
+	if (!rc || errno == EFAULT || errno == EEXIST || errno == ENOMEM)
 		return 1;
 	return errno == ENOENT ? 0 : -errno;
 }

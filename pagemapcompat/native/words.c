@@ -90,9 +90,7 @@ static enum state state_of(const struct pass *pass, uint64_t word, uint64_t page
 		return UNCHANGED;
 	bool quiet = bit_test(pass->range->quiet, page);
 	if (logs(pass->tracker)) {
-		if (bit_test(pass->range->log, page))
-			return WRITTEN;
-		if (is_unmarkable(pass, word) == quiet)
+		if (!bit_test(pass->range->log, page) && is_unmarkable(pass, word) == quiet)
 			return UNCHANGED;
 	} else if (quiet && is_unmarkable(pass, word)) {
 		return UNCHANGED;
@@ -382,34 +380,6 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 	return rc;
 }
 
-// Whether the mapping that holds [from, to) is registered: 1, 0 or -errno. Never taken for granted, never changed.
-static int is_registered(struct pmc_range *range, const struct vma *vma, uint64_t from)
-{
-	struct pmc_tracker *tracker = range->tracker;
-	uint64_t word, size = 1ull << vma->page_shift, untracked;
-
-	from = align_down(from, size);
-	tracker->operation = "/proc/self/pagemap";
-	int rc = pmc_words_read(tracker->pagemap, from, 1, vma->page_shift, tracker->page_shift, &word);
-	if (rc)
-		return rc;
-	// A hugetlb mapping has no gentler question than its mark.
-	bool trusted = tracker->abilities & PMC_CAN_TRUST_MARKS || vma->kind == PMC_KIND_HUGETLB;
-	if (word & PM_WORD_UFFD_WP && trusted && !logs(tracker))
-		return 1;
-	if (word && !(word & PM_WORD_GUARD) && vma->kind != PMC_KIND_HUGETLB) {
-		tracker->operation = "UFFDIO_ZEROPAGE";
-		return pmc_uffd_is_registered(tracker->uffd, from, size);
-	}
-	// An empty page can only be asked by protecting it. It has no mark, so it counts as written already, unless it is
-	// known to be empty: then a write in between changes what is known, and is seen by that.
-	if (!bit_test(range->quiet, page_index(range, from)))
-		range->owed_count += pmc_bits_fill(range->owed, page_index(range, from),
-						   page_index(range, min_u64(from + size, range->end)), true);
-	rc = pmc_protect(tracker, from, from + size, 1, &untracked);
-	return rc == -ENOENT ? 0 : rc ? rc : 1;
-}
-
 int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to)
 {
 	struct pmc_tracker *tracker = range->tracker;
@@ -427,7 +397,8 @@ int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t e
 		if (found && vma.start > *to)
 			break;
 		pos = max_u64(pos, vma.start);
-		rc = is_registered(range, &vma, pos);
+		tracker->operation = "UFFDIO_COPY";
+		rc = pmc_uffd_is_registered(tracker, align_down(pos, 1ull << vma.page_shift), 1ull << vma.page_shift);
 		if (rc < 0)
 			return rc;
 		if (rc && found)

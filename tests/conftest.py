@@ -1,0 +1,251 @@
+"""What the tests share: flavours of the backends, memory, child processes, and skips that say what to do."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from errno import errorcode
+from typing import Any
+
+import attrs
+import pytest
+
+from pagemapcompat import (
+    AddressRange,
+    DirtyTracker,
+    Feature,
+    Guarantee,
+    KernelError,
+    ScanResult,
+    TrackedRange,
+    page_size,
+    probe,
+)
+
+PAGE = page_size()
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+CHILD_SECONDS = 60
+"""How long anything that could hang may take. Machines are slow and shared; a hang lasts for ever."""
+
+
+class KeepingTracker(DirtyTracker):
+    """Keeps its ranges until it is closed, so that tests need not close each."""
+
+    def track(self, memory: Any) -> TrackedRange:
+        """Track, and keep."""
+        ram = super().track(memory)
+        self.__dict__.setdefault("kept", []).append(ram)
+        return ram
+
+
+@attrs.frozen
+class Flavour:
+    """A backend as some generation of kernels has it, by switching off what that generation lacks."""
+
+    name: str
+    backend: str
+    disabled: tuple[str, ...] = ()
+
+    def tracker(self, **options: Any) -> DirtyTracker:
+        """A tracker of this flavour, for which the environment must be set."""
+        return KeepingTracker(self.backend, **options)
+
+
+_BEFORE_6_11 = ("procmap-query",)
+_BEFORE_6_4 = (*_BEFORE_6_11, "uffd-wp-multi-vma", "uffd-wp-unpopulated")
+FLAVOURS = (
+    Flavour("pagemap-scan", "pagemap-scan"),
+    Flavour("pagemap-scan-as-6.7", "pagemap-scan", (*_BEFORE_6_11, "pagemap-scan-holes")),
+    Flavour("uffd-wp", "uffd-wp"),
+    Flavour("uffd-wp-as-6.5", "uffd-wp", (*_BEFORE_6_11, "uffd-wp-remap-clears")),
+    Flavour("uffd-wp-as-6.1", "uffd-wp", _BEFORE_6_4),
+    Flavour(
+        "uffd-wp-as-5.10",
+        "uffd-wp",
+        (*_BEFORE_6_4, "uffd-wp-hugetlbfs-shmem", "pagemap-uffd-wp", "madv-populate-read", "uffd-wp-remap-clears"),
+    ),
+)
+
+
+def expected() -> frozenset[str]:
+    """Backends and features whose absence is a failure: PAGEMAPCOMPAT_TEST_EXPECT."""
+    return frozenset(os.environ.get("PAGEMAPCOMPAT_TEST_EXPECT", "").split(",")) - {""}
+
+
+def lacking(name: str, reason: str, remedy: str) -> None:
+    """Skip, or fail where *name* is expected to be there."""
+    message = f"{name}: {reason}; remedy: {remedy}"
+    if name in expected():
+        pytest.fail(f"PAGEMAPCOMPAT_TEST_EXPECT names {message}")
+    pytest.skip(message)
+
+
+def need(*features: Feature) -> None:
+    """Skip unless this kernel has *features*."""
+    for feature in features:
+        result = probe()[feature]
+        if not result and result.state != "disabled":
+            error = errorcode.get(result.errno or 0, "no errno")
+            lacking(feature.value, f"{result.state}, {error}, {result.detail}", result.hint or "none")
+
+
+@pytest.fixture(params=FLAVOURS, ids=lambda flavour: flavour.name)
+def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
+    """Each generation of each backend that can run here."""
+    chosen: Flavour = request.param
+    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", ",".join(chosen.disabled))
+    try:
+        chosen.tracker().close()
+    except KernelError as error:
+        lacking(chosen.backend, f"{errorcode.get(error.errno or 0)}, {error.strerror}", error.hint or "none")
+    return chosen
+
+
+@pytest.fixture
+def tracker(flavour: Flavour) -> Iterator[DirtyTracker]:
+    """A tracker of each flavour."""
+    with flavour.tracker() as made:
+        yield made
+
+
+def private(pages: int) -> mmap.mmap:
+    """Private anonymous memory, empty."""
+    return mmap.mmap(-1, pages * PAGE, flags=PRIVATE)
+
+
+def write(memory: mmap.mmap | memoryview, *pages: int) -> set[int]:
+    """Store a byte into each of *pages*, and return them as a set."""
+    for page in pages:
+        memory[page * PAGE] = (memory[page * PAGE] + 1) % 256
+    return set(pages)
+
+
+def pages_of(result: ScanResult) -> set[int]:
+    """The pages of a result, which must be complete."""
+    assert result.complete
+    return set(result.page_indices())
+
+
+def address_of(memory: TrackedRange) -> int:
+    """Where it begins."""
+    return memory.range.start
+
+
+def part(ram: TrackedRange, first: int, count: int) -> AddressRange:
+    """The addresses of some pages of it."""
+    return AddressRange.from_length(ram.range.start + first * PAGE, count * PAGE)
+
+
+class Libc:
+    """mmap(2) and its family, raw: Python's own mmap objects cannot be cut into pieces."""
+
+    PROT_NONE, PROT_READ, PROT_WRITE = 0, mmap.PROT_READ, mmap.PROT_WRITE
+    MAP_FIXED, MAP_NORESERVE, MAP_HUGETLB = 0x10, 0x4000, 0x40000
+    MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+    GUARD_INSTALL, GUARD_REMOVE = 102, 103
+
+    def __init__(self) -> None:
+        import ctypes
+
+        self._ctypes = ctypes
+        self._lib = ctypes.CDLL(None, use_errno=True)
+        size, pointer, number = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
+        for name, result, arguments in (
+            ("mmap", pointer, (pointer, size, number, number, number, ctypes.c_long)),
+            ("munmap", number, (pointer, size)),
+            ("mprotect", number, (pointer, size, number)),
+            ("madvise", number, (pointer, size, number)),
+            ("mremap", pointer, (pointer, size, size, number, pointer)),
+            ("memset", pointer, (pointer, number, size)),
+        ):
+            function = getattr(self._lib, name)
+            function.restype, function.argtypes = result, arguments
+
+    def _check(self, bad: bool, name: str) -> None:
+        if bad:
+            number = self._ctypes.get_errno()
+            raise OSError(number, f"{name}: {os.strerror(number)}")
+
+    def mmap(
+        self, length: int, prot: int = 3, flags: int = PRIVATE, fd: int = -1, address: int | None = None
+    ) -> int:
+        """The address of a new mapping."""
+        at = self._lib.mmap(address, length, prot, flags | (self.MAP_FIXED if address else 0), fd, 0)
+        self._check(at == self._ctypes.c_void_p(-1).value, "mmap")
+        return int(at)
+
+    def munmap(self, address: int, length: int) -> None:
+        """munmap(2)."""
+        self._check(self._lib.munmap(address, length) != 0, "munmap")
+
+    def mprotect(self, address: int, length: int, prot: int) -> None:
+        """mprotect(2)."""
+        self._check(self._lib.mprotect(address, length, prot) != 0, "mprotect")
+
+    def madvise(self, address: int, length: int, advice: int) -> None:
+        """madvise(2)."""
+        self._check(self._lib.madvise(address, length, advice) != 0, "madvise")
+
+    def mremap(self, address: int, length: int, to: int) -> None:
+        """Move a mapping to a fixed place."""
+        flags = self.MREMAP_MAYMOVE | self.MREMAP_FIXED
+        moved = self._lib.mremap(address, length, length, flags, to)
+        self._check(moved == self._ctypes.c_void_p(-1).value, "mremap")
+
+    def fill(self, address: int, length: int = 1, value: int = 1) -> None:
+        """Store, with the GIL released."""
+        self._lib.memset(address, value, length)
+
+
+libc = Libc()
+
+
+@pytest.fixture
+def area() -> Iterator[Callable[..., AddressRange]]:
+    """Makes raw mappings, and unmaps whatever is there in the end."""
+    made: list[AddressRange] = []
+
+    def make(pages: int, prot: int = 3, flags: int = PRIVATE, fd: int = -1) -> AddressRange:
+        at = libc.mmap(pages * PAGE, prot, flags, fd)
+        made.append(AddressRange.from_length(at, pages * PAGE))
+        return made[-1]
+
+    yield make
+    for one in made:
+        libc.munmap(one.start, one.length)
+
+
+def run_child(code: str, *arguments: str, env: dict[str, str] | None = None, seconds: float = CHILD_SECONDS) -> str:
+    """Run Python code that could hang in a process of its own. Returns what it printed; fails when it fails or hangs."""
+    program = textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-W", "error", "-c", program, *arguments],
+        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, f"child ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def claims(tracker: DirtyTracker, guarantee: Guarantee) -> bool:
+    """Whether a tracker promises something for private anonymous memory."""
+    return guarantee in tracker.selection.guarantees
+
+
+def pytest_report_header() -> list[str]:
+    """Where this ran."""
+    states: dict[str, list[str]] = {}
+    for feature, result in probe().items():
+        states.setdefault(result.state, []).append(feature.value)
+    who = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
+    return [
+        f"kernel {os.uname().release}, {who}, {os.cpu_count()} CPUs, pages of {PAGE} bytes",
+        *(f"features {state}: {', '.join(names)}" for state, names in states.items()),
+    ]
