@@ -6,12 +6,13 @@ what it asked for. cffi releases the GIL around every call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NewType
 
 from pagemapcompat._native import ffi, lib
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer
 
     from pagemapcompat.abi import UffdFeature
@@ -155,7 +156,7 @@ def pagemap_scan(
 ) -> tuple[int, list[tuple[int, int, int]]]:
     """One raw PAGEMAP_SCAN: (regions stored or -errno, the regions)."""
     vec = ffi.new("struct page_region[]", vec_len)
-    arg = ffi.new("struct pm_scan_arg *")
+    arg: Any = ffi.new("struct pm_scan_arg *")
     arg.flags, arg.start, arg.end = flags, start, end
     arg.vec, arg.vec_len = int(ffi.cast("uintptr_t", vec)) if vec_len else 0, vec_len
     arg.category_inverted, arg.category_mask = inverted, all_of
@@ -192,7 +193,7 @@ def query(
 ) -> tuple[int, Result]:
     """GET on any process. *masks*: inverted, all of, any of, report. *maps* below 0: by the ioctl."""
     result = Result()
-    arg = ffi.new("struct pm_scan_arg *")
+    arg: Any = ffi.new("struct pm_scan_arg *")
     arg.start, arg.end, arg.max_pages = start, end, max_pages
     arg.category_inverted, arg.category_mask, arg.category_anyof_mask, arg.return_mask = masks
     known = ffi.new("struct page_region[]", [(a, b, 0) for a, b in registered])

@@ -13,16 +13,21 @@ NATIVE = Path(__file__).parent / "native"
 def declarations() -> str:
     """Everything in pmc.h, and the structs and numbers of uapi.h that Python uses, as cffi reads them."""
     uapi, pmc = ((NATIVE / name).read_text() for name in ("uapi.h", "pmc.h"))
-    constants = re.findall(r"^#define ((?:PMC|PAGE_IS|PM_WORD|PM_SCAN|UFFD_FEATURE)_\w+) .*\S", uapi + pmc, re.MULTILINE)
+    constants = re.findall(
+        r"^#define ((?:PMC|PAGE_IS|PM_WORD|PM_SCAN|UFFD_FEATURE)_\w+) .*\S", uapi + pmc, re.MULTILINE
+    )
     structs = [
-        re.search(rf"^struct {name} {{.*?^}};", uapi, re.MULTILINE | re.DOTALL) for name in ("page_region", "pm_scan_arg")
+        re.search(rf"^struct {name} {{.*?^}};", uapi, re.MULTILINE | re.DOTALL)
+        for name in ("page_region", "pm_scan_arg")
     ]
     plain = re.sub(r"(?:^#[^\n]*\\\n(?:[^\n]*\\\n)*[^\n]*\n)|(?:^#[^\n]*\n)", "", pmc, flags=re.MULTILINE)
-    return "\n".join([
-        *(f"#define {name} ..." for name in constants),
-        *(match.group() for match in structs if match),
-        plain,
-    ])
+    return "\n".join(
+        [
+            *(f"#define {name} ..." for name in constants),
+            *(match.group() for match in structs if match),
+            plain,
+        ]
+    )
 
 
 class BuildNative(build_ext):

@@ -98,12 +98,14 @@ class Feature(Enum):
 
 
 class Guarantee(Flag):
-    """What a backend promises. Without a promise it may be less precise or slower; it never calls a written page clean,
-    but for what DISCARDS says."""
+    """What a backend promises.
+
+    Without a promise it may be less precise or slower; it never calls a written page clean, but for what DISCARDS says.
+    """
 
     EXACT = 1
-    """With no writer running during the call, and no discard, KSM merge, remap, guard change or hugetlb memory since the
-    last collect, the answer is exactly the pages stored to."""
+    """With no writer running during the call, and no discard, KSM merge, remap, guard change or hugetlb memory since
+    the last collect, the answer is exactly the pages stored to."""
     ATOMIC_COLLECT = 2
     """Reading and protecting a page again is one step for its writers. Per page: the range is no snapshot."""
     KERNEL_WRITES = 4

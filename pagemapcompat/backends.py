@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
 from errno import EBUSY, EDEADLK, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
 from types import MappingProxyType
-from typing import ClassVar, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
 import attrs
 
@@ -33,8 +32,12 @@ from pagemapcompat.errors import (
 )
 from pagemapcompat.memory import AddressRange, page_size
 from pagemapcompat.pagemap import ScanResult
-from pagemapcompat.probe import FeatureReport
 from pagemapcompat.userfaultfd import Attempt, Way, open_hint, open_userfaultfd
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pagemapcompat.probe import FeatureReport
 
 
 @attrs.frozen(kw_only=True)
@@ -71,16 +74,18 @@ class Attached:
     guarantees: Guarantee
 
 
-_ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType({
-    Feature.PAGEMAP_UFFD_WP: _kernel.CAN_SEE_MARKS,
-    Feature.PAGEMAP_SCAN_HOLES: _kernel.CAN_SCAN_HOLES,
-    Feature.UFFD_WP_UNPOPULATED: _kernel.CAN_MARK_EMPTY,
-    Feature.UFFD_WP_MULTI_VMA: _kernel.CAN_SPAN_VMAS,
-    Feature.UFFD_WP_REMAP_CLEARS: _kernel.CAN_TRUST_MARKS,
-    Feature.PROCMAP_QUERY: _kernel.CAN_QUERY_MAPS,
-    Feature.MADV_POPULATE_READ: _kernel.CAN_POPULATE,
-    Feature.MADV_GUARD: _kernel.CAN_GUARD,
-})
+_ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
+    {
+        Feature.PAGEMAP_UFFD_WP: _kernel.CAN_SEE_MARKS,
+        Feature.PAGEMAP_SCAN_HOLES: _kernel.CAN_SCAN_HOLES,
+        Feature.UFFD_WP_UNPOPULATED: _kernel.CAN_MARK_EMPTY,
+        Feature.UFFD_WP_MULTI_VMA: _kernel.CAN_SPAN_VMAS,
+        Feature.UFFD_WP_REMAP_CLEARS: _kernel.CAN_TRUST_MARKS,
+        Feature.PROCMAP_QUERY: _kernel.CAN_QUERY_MAPS,
+        Feature.MADV_POPULATE_READ: _kernel.CAN_POPULATE,
+        Feature.MADV_GUARD: _kernel.CAN_GUARD,
+    }
+)
 
 
 class Backend:
@@ -188,6 +193,10 @@ class Backend:
         if handle is None:
             self._refuse(-rc, memory, _kernel.operation(result))
         kinds = _kernel.range_kinds(handle)
+        if kinds & ~_kernel.KIND_ANON and not self._report.supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
+            # Only where PAGEMAPCOMPAT_DISABLE says so: a kernel without the feature has refused already.
+            _kernel.range_close(handle)
+            self._refuse(EINVAL, memory, "UFFDIO_REGISTER")
         guarantees = self.guarantees
         if kinds & _kernel.KIND_HUGETLB or not _kernel.range_exact(handle):
             guarantees &= ~Guarantee.EXACT
@@ -208,8 +217,8 @@ class Backend:
                 operation,
                 f"part of {memory} belongs to another userfaultfd",
                 range=memory,
-                hint="memory has one userfaultfd at a time; the mappings with um, uw or ui in VmFlags of /proc/self/smaps "
-                "have one already",
+                hint="memory has one userfaultfd at a time; the mappings with um, uw or ui in VmFlags of "
+                "/proc/self/smaps have one already",
             )
         if number == EPERM:
             raise NotTrackableError.make(
@@ -242,8 +251,8 @@ class Backend:
     def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
         """ENGAGE_WP + GET: what was written, protected again in the same step.
 
-        What was taken is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt changes
-        which, not that.
+        What was taken is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
+        changes which, not that.
         """
         result = _kernel.Result()
         try:
@@ -286,9 +295,7 @@ class Backend:
             self._refuse(-rc, AddressRange(result.c.untracked_start, result.c.untracked_end), operation)
         self._fail(-rc, operation, asked, result)
 
-    def _fail(
-        self, number: int, operation: str, asked: AddressRange, result: _kernel.Result | None = None
-    ) -> NoReturn:
+    def _fail(self, number: int, operation: str, asked: AddressRange, result: _kernel.Result | None = None) -> NoReturn:
         if number == _kernel.EFORKED:
             raise ClosedError(
                 f"this tracker belongs to process {self._pid}, which process {os.getpid()} was forked from"
@@ -446,16 +453,22 @@ def _diagnose_einval(operation: str, memory: AddressRange, backend: str) -> NoRe
             error = AlignmentError(f"{memory} begins or ends inside a huge page of {mapping} ({huge} bytes)")
             error.address, error.length = memory.start, memory.length
             raise error.with_hint(f"in hugetlb memory track multiples of {huge} bytes")
-        if permissions[3] == "s" or path.startswith("/"):
-            shared = permissions[3] == "s"
-            kind = f"{'shared' if shared else 'private'} mapping {path} at {mapping}"
+        shared = permissions[3] == "s"
+        if shared or path.startswith("/"):
+            in_memory = path.startswith(("/dev/zero", "/memfd:", "/dev/shm/", "/SYSV", "/anon_hugepage"))  # noqa: S108
             hint = (
-                "memory from mmap.mmap(-1, length) is shared; this kernel tracks "
-                "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS (shared memory since Linux 5.19)"
-                if shared and backend == "uffd-wp"
-                else f"{backend} does not track it; files take backend pagemap-scan (Linux 6.7)"
+                "shared and hugetlb memory is tracked since Linux 5.19; until then "
+                "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS (plain mmap.mmap(-1, length) is shared)"
+                if in_memory
+                else f"{backend} does not track files; backend pagemap-scan does (Linux 6.7)"
             )
-            raise NotTrackableError.make(EINVAL, operation, f"the kernel refuses the {kind}", range=mapping, hint=hint)
+            raise NotTrackableError.make(
+                EINVAL,
+                operation,
+                f"the kernel refuses the {'shared' if shared else 'private'} mapping {path} at {mapping}",
+                range=mapping,
+                hint=hint,
+            )
     raise NotTrackableError.make(
         EINVAL,
         operation,
@@ -482,6 +495,10 @@ BACKENDS: Final[tuple[type[Backend], ...]] = (PagemapScanBackend, UffdWpBackend)
 """Best first; "auto" walks it."""
 
 
+def _read_only(reasons: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType(dict(reasons))
+
+
 @attrs.frozen(kw_only=True)
 class Selection:
     """Which backend was chosen, and why no better one."""
@@ -489,7 +506,7 @@ class Selection:
     chosen: str
     guarantees: Guarantee
     """For private anonymous memory; `TrackedRange.guarantees` speaks of one mapping."""
-    rejected: Mapping[str, str] = attrs.field(converter=MappingProxyType)
+    rejected: Mapping[str, str] = attrs.field(converter=_read_only)
     """By name: the reason, with the errno and what to change."""
     userfaultfd: tuple[str, ...]
     """Every way of opening a userfaultfd that was tried, with its errno; the last one is in use."""
@@ -529,25 +546,29 @@ def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[
             return backend, Selection(
                 chosen=kind.name, guarantees=backend.guarantees, rejected=rejected, userfaultfd=used
             )
-        hint = "CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1" if missing & Guarantee.KERNEL_WRITES else "require less"
+        hint = (
+            "CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1" if missing & Guarantee.KERNEL_WRITES else "require less"
+        )
         backend.close()
-        error = UnsupportedError.make(EOPNOTSUPP, kind.name, f"does not guarantee {missing.name}", hint=hint)
-        failures.append(error)
-        rejected[kind.name] = f"{error.strerror} (hint: {hint})"
+        short = UnsupportedError.make(EOPNOTSUPP, kind.name, f"does not guarantee {missing.name}", hint=hint)
+        failures.append(short)
+        rejected[kind.name] = f"{short.strerror} (hint: {hint})"
     if len(failures) == 1:
         raise failures[0]
     denied = next((failure for failure in failures if isinstance(failure, AccessError)), None)
     first = denied or failures[0]
     kind_of_error = AccessError if denied else UnsupportedError
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in rejected.items())
-    raise kind_of_error.make(first.errno or EOPNOTSUPP, "DirtyTracker", f"no backend works here: {reasons}", hint=first.hint)
+    raise kind_of_error.make(
+        first.errno or EOPNOTSUPP, "DirtyTracker", f"no backend works here: {reasons}", hint=first.hint
+    )
 
 
 _open_backends: weakref.WeakSet[Backend] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    # Only the copies of the descriptors; the parent's trackers go on. C code that forks gets the same on its first call.
+    # Only the copies of the descriptors; the parent's trackers go on. Where C code forks, the first call does the same.
     for backend in list(_open_backends):
         backend.close()
 

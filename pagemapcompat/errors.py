@@ -71,7 +71,13 @@ class KernelError(PagemapCompatError, OSError):
 
     @classmethod
     def make(
-        cls, errno: int, operation: str, detail: str, *, range: AddressRange | None = None, hint: str | None = None
+        cls,
+        errno: int,
+        operation: str,
+        detail: str,
+        *,
+        range: AddressRange | None = None,  # noqa: A002 - as the attribute
+        hint: str | None = None,
     ) -> Self:
         """Build the exception. OSError's own constructor stays as it is, so that pickling works."""
         error = cls(errno, f"{operation}: {detail}")

@@ -125,7 +125,7 @@ def pin(memory: Memory, *, writable: bool) -> PinnedMemory:
     if isinstance(memory, AddressRange):
         return PinnedMemory(_aligned(memory), memory.length)
     if isinstance(memory, tuple):
-        if len(memory) != 2:
+        if len(memory) != 2:  # noqa: PLR2004 - a pair
             raise InvalidArgumentError(f"{memory!r} is not (address, length)").with_hint("give two integers, in bytes")
         given = AddressRange.from_length(*memory)
         return PinnedMemory(_aligned(given), given.length)
@@ -153,7 +153,10 @@ def _pin_view(view: memoryview, *, writable: bool) -> PinnedMemory:
         )
     if writable and view.readonly:
         raise NotTrackableError.make(
-            EACCES, "track", f"the buffer of {name} is read-only", hint="nobody can write it; map it writable to track it"
+            EACCES,
+            "track",
+            f"the buffer of {name} is read-only",
+            hint="nobody can write it; map it writable to track it",
         )
     held = _kernel.Pin(view)
     try:

@@ -359,8 +359,9 @@ class Pagemap:
     def scan(self, memory: Memory, query: ScanQuery, *, max_pages: int | None = None) -> ScanResult:
         """Return the pages of *memory* that match *query*. Changes nothing.
 
-        Where the ioctl is, the answer is the kernel's own; where it is not, it comes from pagemap words, the same but for
-        what words cannot tell. Unmapped addresses are skipped. Cost: 0.7 to 10 ns a page by the ioctl, 7 to 15 by words.
+        Where the ioctl is, the answer is the kernel's own; where it is not, it comes from pagemap words, the same but
+        for what words cannot tell. Unmapped addresses are skipped. Cost: 0.7 to 10 ns a page by the ioctl, 7 to 15 by
+        words.
 
         Args:
             memory: In the process that was opened. Read-only buffers are welcome.
@@ -370,7 +371,8 @@ class Pagemap:
             max_pages: Stop after this many pages; `resume_at` says where to go on.
 
         Raises:
-            UnsupportedError: A category that this kernel does not have (EINVAL), or that words cannot tell (EOPNOTSUPP).
+            UnsupportedError: A category that this kernel does not have (EINVAL), or that words cannot tell
+                (EOPNOTSUPP).
 
             TargetGoneError: The process ended (ESRCH).
 
@@ -460,5 +462,7 @@ def check_max_pages(max_pages: int | None) -> int:
     if max_pages is None:
         return 0
     if max_pages < 1:
-        raise InvalidArgumentError(f"max_pages={max_pages} asks for no page").with_hint("give at least 1, or None for all")
+        raise InvalidArgumentError(f"max_pages={max_pages} asks for no page").with_hint(
+            "give at least 1, or None for all"
+        )
     return max_pages

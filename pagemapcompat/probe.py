@@ -35,8 +35,8 @@ class ProbeResult:
 
     feature: Feature
     state: State
-    """`no`: not there. `denied`: there, not for this process. `disabled`: by PAGEMAPCOMPAT_DISABLE. `unknown`: something
-    that it needs could not be had."""
+    """`no`: not there. `denied`: there, not for this process. `disabled`: by PAGEMAPCOMPAT_DISABLE. `unknown`:
+    something that it needs could not be had."""
     errno: int | None
     detail: str
     """One sentence."""
@@ -139,20 +139,20 @@ class _Laboratory:
     @contextmanager
     def memory(self, length: int) -> Iterator[tuple[int, memoryview]]:
         """*length* bytes of empty private anonymous memory that begin on a 2 MiB boundary: (address, view)."""
-        with mmap.mmap(-1, length + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
-            with memoryview(area) as whole:
-                held = _kernel.Pin(whole)
-                skip = -held.address % _HUGE
-                with whole[skip : skip + length] as view:
-                    try:
-                        yield held.address + skip, view
-                    finally:
-                        held.release()
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        with mmap.mmap(-1, length + _HUGE, flags=flags) as area, memoryview(area) as whole:
+            held = _kernel.Pin(whole)
+            skip = -held.address % _HUGE
+            with whole[skip : skip + length] as view:
+                try:
+                    yield held.address + skip, view
+                finally:
+                    held.release()
 
     @contextmanager
     def uffd(self, features: UffdFeature) -> Iterator[int]:
         """A userfaultfd with *features*. Nothing ever writes to what it protects: nobody would answer."""
-        assert self.way is not None
+        assert self.way is not None  # noqa: S101 - lacks() saw to it
         fd, _, attempt = open_userfaultfd(self.way, features)
         if fd < 0:
             raise OSError(attempt.errno, str(attempt))
@@ -368,7 +368,8 @@ def _try(lab: _Laboratory, feature: Feature, disabled: frozenset[str]) -> ProbeR
         try:
             answer = _TRIALS[feature](lab)
         except OSError as error:
-            answer = "unknown", error.errno, f"trying failed: {error.strerror}", "raise the limit it ran into and try again"
+            hint = "raise the limit it ran into and try again"
+            answer = "unknown", error.errno, f"trying failed: {error.strerror}", hint
     lab.answers[feature] = answer
     return ProbeResult(feature, *answer)
 
@@ -390,8 +391,8 @@ _lock = threading.Lock()
 def probe(*, refresh: bool = False) -> FeatureReport:
     """What this kernel lets this process do. By doing; a few milliseconds the first time, then cached.
 
-    It makes no thread, signal or child, touches no tracker, and leaves no descriptor or mapping behind. Any thread may call
-    it. What is cached is forgotten after a fork and when PAGEMAPCOMPAT_DISABLE changes.
+    It makes no thread, signal or child, touches no tracker, and leaves no descriptor or mapping behind. Any thread may
+    call it. What is cached is forgotten after a fork and when PAGEMAPCOMPAT_DISABLE changes.
 
     Args:
         refresh: Ask again, e.g. after giving up privileges.

@@ -1,16 +1,20 @@
-"""What this process has registered with its userfaultfds: the bookkeeping behind AlreadyRegisteredError and WPALLOWED."""
+"""What this process has registered with its userfaultfds: what AlreadyRegisteredError and WPALLOWED go by."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from errno import EBUSY
+from typing import TYPE_CHECKING
 
 import attrs
 
 from pagemapcompat.errors import AlreadyRegisteredError
-from pagemapcompat.memory import AddressRange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pagemapcompat.memory import AddressRange
 
 
 @attrs.define(eq=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
 from pagemapcompat.abi import Guarantee
 from pagemapcompat.backends import Attached, Backend, BackendStatistics, Selection, open_backend
 from pagemapcompat.errors import AlignmentError, ClosedError, InvalidArgumentError
-from pagemapcompat.memory import AddressRange, Memory, PinnedMemory, page_size, pin
+from pagemapcompat.memory import AddressRange, Memory, PinnedMemory, pin
 from pagemapcompat.pagemap import ScanResult, check_max_pages
 from pagemapcompat.probe import probe
 from pagemapcompat.registrations import Claim, claim, release
@@ -24,15 +24,16 @@ OnUntracked = Literal["raise", "rearm"]
 class TrackedRange:
     """Memory that is being watched. Made by `DirtyTracker.track`; closes itself with its tracker.
 
-    Offsets are in bytes from the start of the memory, page aligned; *stop* is exclusive, and None is the end. Every method may
-    be called from any thread; calls on one tracker run one after the other.
+    Offsets are in bytes from the start of the memory, page aligned; *stop* is exclusive, and None is the end. Every
+    method may be called from any thread; calls on one tracker run one after the other.
 
     Attributes:
         range: Where it lies.
 
         guarantees: What the backend promises for this mapping.
 
-        granularity: What offsets are multiples of, in bytes: the page size, or in hugetlb memory that of its huge pages.
+        granularity: What offsets are multiples of, in bytes: the page size, or in hugetlb memory that of its huge
+            pages.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TrackedRange:
     def collect(
         self, start: SupportsIndex = 0, stop: SupportsIndex | None = None, *, max_pages: int | None = None
     ) -> ScanResult:
-        """Return the pages written since they were last collected or reset, and start watching them anew in the same step.
+        """Return the pages written since they were last collected or reset, and watch them anew in the same step.
 
         Each write is reported by the collect during or after which it happened; a concurrent one perhaps twice, none
         never. The pages of an error or an interrupt stay owed to the next peek or collect. Regions carry WRITTEN alone.
@@ -99,8 +100,8 @@ class TrackedRange:
             max_pages: Stop after this many pages. Those that were not returned stay written.
 
         Raises:
-            NotTrackedError: Part of it has lost its registration (ENOENT), unless the tracker rearms. `range` is the first
-                such stretch, `collected` what was taken before it; nothing behind it was touched.
+            NotTrackedError: Part of it has lost its registration (ENOENT), unless the tracker rearms. `range` is the
+                first such stretch, `collected` what was taken before it; nothing behind it was touched.
 
             AlignmentError, ClosedError, FaultThreadError: As for `peek`.
 
@@ -161,7 +162,9 @@ class TrackedRange:
                 down = value - value % self.granularity
                 raise error.with_hint(f"use {down} or {down + self.granularity}")
         if last < first:
-            raise InvalidArgumentError(f"stop={last} lies before start={first}").with_hint("stop is exclusive, not a length")
+            raise InvalidArgumentError(f"stop={last} lies before start={first}").with_hint(
+                "stop is exclusive, not a length"
+            )
         if last == length:
             last = whole.length
         return AddressRange(whole.start + min(first, last), whole.start + last)
@@ -203,7 +206,7 @@ class TrackedRange:
 
 
 class DirtyTracker:
-    """Which pages of this process's memory were written since they were last asked for?
+    """Tells which pages of this process's memory were written since they were last asked for.
 
     Use it in a with block: leaving it closes everything. Any number of trackers can exist; a page belongs to one.
 
@@ -212,8 +215,8 @@ class DirtyTracker:
 
         require: Promises that you cannot do without.
 
-        on_untracked: What `collect` and `reset` do where memory has lost its registration, because it was unmapped and mapped
-            anew or moved there: "raise" NotTrackedError, or "rearm" it and report it written once.
+        on_untracked: What `collect` and `reset` do where memory has lost its registration, because it was unmapped and
+            mapped anew or moved there: "raise" NotTrackedError, or "rearm" it and report it written once.
 
     Raises:
         InvalidArgumentError: An unknown backend or policy.
@@ -231,9 +234,12 @@ class DirtyTracker:
     ) -> None:
         self._closed = True
         if on_untracked not in ("raise", "rearm"):
-            raise InvalidArgumentError(f"on_untracked={on_untracked!r} is no policy").with_hint('use "raise" or "rearm"')
+            raise InvalidArgumentError(f"on_untracked={on_untracked!r} is no policy").with_hint(
+                'use "raise" or "rearm"'
+            )
         self._rearm = on_untracked == "rearm"
         self._ranges: weakref.WeakSet[TrackedRange] = weakref.WeakSet()
+        self.selection: Selection
         self._backend, self.selection = open_backend(backend, require, probe())
         self._closed = False
 
@@ -250,7 +256,8 @@ class DirtyTracker:
         closed: an mmap cannot be closed, an array not resized. Keep the result: dropping it ends the watching.
 
         Args:
-            memory: Page aligned. Private anonymous memory works everywhere; shared memory since Linux 5.19, files since 6.7.
+            memory: Page aligned. Private anonymous memory works everywhere; shared memory since Linux 5.19, files since
+                6.7.
 
         Raises:
             AlignmentError: It does not begin and end on page boundaries; the message says what does.
@@ -288,7 +295,10 @@ class DirtyTracker:
         return self._backend.statistics()
 
     def close(self) -> None:
-        """Stop watching everything, end the fault thread, close the descriptors. Idempotent; waits for running calls."""
+        """Stop watching everything, end the fault thread, close the descriptors.
+
+        Idempotent; waits for running calls.
+        """
         if self._closed:
             return
         self._closed = True
@@ -296,7 +306,7 @@ class DirtyTracker:
             self._backend.close()
         finally:
             for tracked in list(self._ranges):
-                tracked._let_go()
+                tracked._let_go()  # noqa: SLF001 - its friend
 
     def __enter__(self) -> Self:
         """Return the object itself."""

@@ -58,8 +58,8 @@ class Attempt:
 def open_userfaultfd(way: Way, features: UffdFeature) -> tuple[int, UffdFeature, Attempt]:
     """Open one way, ask for *features*: (descriptor or -1, everything the kernel says it has, how it went).
 
-    The answer is held against the request, since kernels before 6.10 accept bits that their configuration lacks and only
-    leave them out of it (1723f04caacb).
+    The answer is held against the request, since kernels before 6.10 accept bits that their configuration lacks and
+    only leave them out of it (1723f04caacb).
     """
     fd = _kernel.uffd_open(_NUMBERS[way])
     if fd < 0:
@@ -79,8 +79,8 @@ def open_hint(attempt: Attempt) -> str:
     number = attempt.errno
     if number == EPERM:
         return (
-            "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE; in a container also a seccomp profile that allows "
-            "userfaultfd"
+            "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE; in a container also a seccomp profile that "
+            "allows userfaultfd"
         )
     if number == EACCES:
         return "read and write permission on /dev/userfaultfd (root's alone by default), e.g. by a udev rule"

@@ -12,9 +12,12 @@ from conftest import PAGE, PRIVATE, Flavour, area, claims, libc, pages_of, part,
 from pagemapcompat import (
     AddressRange,
     DirtyTracker,
+    Feature,
     Guarantee,
+    NotTrackableError,
     NotTrackedError,
     PageCategory,
+    probe,
 )
 
 pytestmark = pytest.mark.kernel
@@ -334,8 +337,10 @@ def test_shared_memory(flavour: Flavour) -> None:
     memory = mmap.mmap(-1, 600 * PAGE)
     write(memory, 1)
     with flavour.tracker() as tracker:
-        if "uffd-wp-hugetlbfs-shmem" in flavour.disabled:
-            pytest.skip("kernel 5.10 refuses it; remedy: none, the refusal is tested elsewhere")
+        if not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
+            with pytest.raises(NotTrackableError, match="shared"):
+                tracker.track(memory)
+            return
         ram = tracker.track(memory)
         assert pages_of(ram.collect()) == set()
         wrote = write(memory, *range(0, 600, 2))

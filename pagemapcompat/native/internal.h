@@ -192,6 +192,14 @@ static inline uint64_t page_index(const struct pmc_range *range, uint64_t addres
 	return (address - range->start) >> range->tracker->page_shift;
 }
 
+static inline const struct piece *pmc_piece_at(const struct pmc_range *range, uint64_t address)
+{
+	const struct piece *piece = range->pieces;
+	while (piece->end <= address)
+		piece++;
+	return piece;
+}
+
 // -- uffd.c -------------------------------------------------------------------------------------------------
 
 int pmc_uffd_wake(int uffd, uint64_t start, uint64_t end);

@@ -28,7 +28,7 @@ void pmc_pages_free(void *pages, size_t size)
 uint64_t pmc_output_add(struct output *out, uint64_t start, uint64_t end, uint64_t categories, uint64_t unit)
 {
 	if (out->max_pages) {
-		uint64_t room = (out->max_pages - out->pages) << out->page_shift;
+		uint64_t room = out->max_pages > out->pages ? (out->max_pages - out->pages) << out->page_shift : 0;
 		// A page larger than max_pages is given whole, else a caller that asks for less never gets past it.
 		if (room < unit && !out->pages)
 			room = unit;

@@ -243,14 +243,6 @@ static int next_untracked(struct pmc_range *range, uint64_t start, uint64_t end,
 
 // ---- Pieces and registration ------------------------------------------------------------------------------
 
-static const struct piece *piece_at(const struct pmc_range *range, uint64_t address)
-{
-	const struct piece *piece = range->pieces;
-	while (piece->end <= address)
-		piece++;
-	return piece;
-}
-
 static int piece_append(struct pmc_range *range, uint64_t end, uint32_t kind, uint32_t page_shift)
 {
 	struct piece *last = range->piece_count ? &range->pieces[range->piece_count - 1] : NULL;
@@ -333,7 +325,7 @@ static int reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, 
 {
 	int rc = 0;
 	for (*walk_end = start; *walk_end < end && !rc;) {
-		const struct piece *piece = piece_at(range, *walk_end);
+		const struct piece *piece = pmc_piece_at(range, *walk_end);
 		rc = engine_reset(range, piece, *walk_end, min_u64(end, piece->end), walk_end);
 	}
 	return rc;
@@ -591,7 +583,7 @@ static int next_written(struct pmc_range *range, uint64_t start, uint64_t end, u
 		end = range->start + (pmc_bits_find(range->owed, page_index(range, start), page_index(range, end), true)
 				      << shift);
 	for (uint64_t pos = start; pos < end;) {
-		const struct piece *piece = piece_at(range, pos);
+		const struct piece *piece = pmc_piece_at(range, pos);
 		int rc = run_engine(range, piece, pos, min_u64(end, piece->end), 0, 1, false, &pos);
 		*ret = range->tracker->regions[0].start;
 		drain(range->tracker, rc, NULL);
@@ -612,7 +604,7 @@ static int scan_locked(struct pmc_range *range, uint64_t start, uint64_t end, ui
 	int rc = 0;
 
 	while (pos < end) {
-		const struct piece *piece = piece_at(range, pos);
+		const struct piece *piece = pmc_piece_at(range, pos);
 		uint64_t limit = min_u64(end, piece->end), left = 0, walk_end;
 		if (max_pages) {
 			left = max_pages > result->pages ? max_pages - result->pages : 0;
@@ -714,7 +706,7 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 	uint64_t pos = start, untracked = end;
 
 	while (pos < end && !rc) {
-		uint64_t to = min_u64(end, piece_at(range, pos)->end);
+		uint64_t to = min_u64(end, pmc_piece_at(range, pos)->end);
 		pmc_vmas_refresh(&tracker->vmas);
 		rc = pmc_protect(tracker, pos, to, 0, &untracked);
 		int owed = owe_mapped(range, pos, rc == -ENOENT ? untracked : to);

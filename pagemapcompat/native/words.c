@@ -75,11 +75,17 @@ static uint64_t unit_of(const struct pass *pass)
 	return 1ull << pass->unit_shift;
 }
 
+// Soft-dirty says nothing of the page: in a new mapping it is set on every entry, empty ones too (seen on 5.10 and 6.1).
+static bool is_empty(uint64_t word)
+{
+	return !(word & (PM_WORD_PRESENT | PM_WORD_SWAPPED | PM_WORD_GUARD | PM_WORD_UFFD_WP));
+}
+
 static bool is_unmarkable(const struct pass *pass, uint64_t word)
 {
 	if (word & PM_WORD_GUARD)
 		return true;
-	return !word && pass->kind == PMC_KIND_ANON && !(pass->tracker->abilities & PMC_CAN_MARK_EMPTY);
+	return is_empty(word) && pass->kind == PMC_KIND_ANON && !(pass->tracker->abilities & PMC_CAN_MARK_EMPTY);
 }
 
 enum state { UNCHANGED, WRITTEN, WRITTEN_IF_MAPPED };
@@ -95,7 +101,7 @@ static enum state state_of(const struct pass *pass, uint64_t word, uint64_t page
 	} else if (quiet && is_unmarkable(pass, word)) {
 		return UNCHANGED;
 	}
-	return word ? WRITTEN : WRITTEN_IF_MAPPED;
+	return is_empty(word) ? WRITTEN_IF_MAPPED : WRITTEN;
 }
 
 // Puts the written pages among [pos, end) out. *stop: the first written page that did not fit, else end.
@@ -227,7 +233,7 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 		if (needs_population(pass)) {
 			const uint64_t *words = tracker->words + ((from - pos) >> pass->unit_shift);
 			for (uint64_t k = 0; k < (to - from) >> pass->unit_shift; k++)
-				if (!words[k]) {
+				if (is_empty(words[k])) {
 					populate(tracker, from, to);
 					rc = pmc_words_read(tracker->pagemap, from, (to - from) >> pass->unit_shift,
 							    pass->unit_shift, tracker->page_shift,
@@ -398,7 +404,10 @@ int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t e
 			break;
 		pos = max_u64(pos, vma.start);
 		tracker->operation = "UFFDIO_COPY";
-		rc = pmc_uffd_is_registered(tracker, align_down(pos, 1ull << vma.page_shift), 1ull << vma.page_shift);
+		// The text of maps says nothing of huge pages; what was found at registration does.
+		uint32_t known = pmc_piece_at(range, pos)->page_shift;
+		uint64_t size = 1ull << (known > vma.page_shift ? known : vma.page_shift);
+		rc = pmc_uffd_is_registered(tracker, align_down(pos, size), size);
 		if (rc < 0)
 			return rc;
 		if (rc && found)

@@ -1,0 +1,192 @@
+"""What the tests of promises 1 and 3 share: forked children with a time limit, and memory mirrored by what is collected."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import mmap
+import os
+import select
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import CHILD_SECONDS, PAGE, PRIVATE, Flavour
+
+from pagemapcompat import ScanResult, TrackedRange
+
+plain = ctypes.PyDLL(None, use_errno=True)
+"""The C library, called with the GIL held: what forks through it has a GIL that works, and ran no hook of Python's."""
+
+
+def in_child(function: Callable[..., object], *arguments: Any, seconds: float = CHILD_SECONDS) -> None:
+    """Run a function that could hang in a forked child. Fails with its traceback, or with every thread's if it hangs.
+
+    Cheaper than `run_child`, which starts an interpreter; it ends by `os._exit`, also while threads of it run.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: faulthandler's timer is one
+        output, to_parent = os.pipe()
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(output)
+            faulthandler.enable(to_parent)
+            function(*arguments)
+            status = 0
+        except BaseException:
+            os.write(to_parent, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    os.close(to_parent)
+    os.set_blocking(output, False)
+    ended = os.pidfd_open(pid)
+    said, hung = b"", False
+    try:
+        # Until it ends, not until the pipe does: processes that it leaves behind may hold the other end.
+        deadline = time.monotonic() + seconds
+        reading = [ended, output]
+        while True:
+            ready, _, _ = select.select(reading, [], [], max(0.0, deadline - time.monotonic()))
+            if output in ready:
+                piece = os.read(output, 1 << 16)
+                said += piece
+                if not piece:
+                    reading.remove(output)
+                continue
+            if ended in ready:
+                break
+            if hung:
+                os.kill(pid, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGABRT)  # faulthandler shows where everybody is
+                hung, deadline = True, time.monotonic() + 5
+    finally:
+        os.close(ended)
+        os.close(output)
+        _, status = os.waitpid(pid, 0)
+    text = said.decode(errors="replace")
+    assert not hung, f"the child hung for {seconds} s\n{text}"
+    assert status == 0, f"the child ended with {os.waitstatus_to_exitcode(status)}\n{text}"
+
+
+def memory_of(kind: str, pages: int, flavour: Flavour) -> mmap.mmap:
+    """Private or shared anonymous memory, or a skip where this flavour refuses it."""
+    if kind == "private":
+        return mmap.mmap(-1, pages * PAGE, flags=PRIVATE)
+    if "uffd-wp-hugetlbfs-shmem" in flavour.disabled:
+        pytest.skip("uffd-wp-hugetlbfs-shmem: refused as on 5.10, EINVAL; remedy: none, private memory is tested")
+    return mmap.mmap(-1, pages * PAGE)
+
+
+class Mirror:
+    """A copy of tracked memory, brought up to date only by pages that were collected. Any thread may merge into it."""
+
+    def __init__(self, ram: TrackedRange, memory: mmap.mmap) -> None:
+        self.ram = ram
+        self.memory = memory
+        self.copy = bytearray(memory[:])
+        self.lock = threading.Lock()
+
+    def merge(self, result: ScanResult) -> None:
+        """Copy the pages of a result. Reading and storing are one step, so that of two copies the newer one stays."""
+        with self.lock:
+            for lo, hi in result.spans():
+                self.copy[lo:hi] = self.memory[lo:hi]
+
+    def finish(self) -> None:
+        """Collect once more, with no writer left, and compare."""
+        result = self.ram.collect()
+        assert result.complete
+        self.merge(result)
+        differ = [at // PAGE for at in range(0, len(self.copy), PAGE) if self.copy[at : at + PAGE] != self.memory[at : at + PAGE]]
+        assert differ == [], f"lost pages {differ}"
+
+
+class Crew:
+    """Threads that are joined, and whose exceptions are raised here."""
+
+    def __init__(self) -> None:
+        self.threads: list[threading.Thread] = []
+        self.failures: list[BaseException] = []
+
+    def add(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Start one."""
+
+        def run() -> None:
+            try:
+                function(*arguments)
+            except BaseException as error:
+                self.failures.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self.threads.append(thread)
+
+    @property
+    def working(self) -> bool:
+        """Whether any of them still runs."""
+        return any(thread.is_alive() for thread in self.threads)
+
+    def join(self) -> None:
+        """Wait for all, and raise what one of them raised."""
+        for thread in self.threads:
+            thread.join()
+        for failure in self.failures:
+            raise failure
+
+
+class Raw:
+    """Children forked by C, of which Python knows nothing, kept alive until they are let go."""
+
+    def __init__(self) -> None:
+        self._hold, self._let_go = os.pipe()
+        self.pids: list[int] = []
+
+    def fork(self, then: Callable[[], object] | None = None) -> int:
+        """Fork. The child calls *then*, whose failure is its exit status, and stays until `end`."""
+        pid: int = plain.fork()
+        if pid:
+            self.pids.append(pid)
+            return pid
+        status = 1
+        try:
+            os.close(self._let_go)
+            if then:
+                then()
+            os.read(self._hold, 1)
+            status = 0
+        except BaseException:
+            faulthandler.disable()
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+
+    def end(self) -> None:
+        """Let them go, and check that they ended well."""
+        os.close(self._let_go)
+        os.close(self._hold)
+        for pid in self.pids:
+            _, status = os.waitpid(pid, 0)
+            assert status == 0, f"a forked child ended with {os.waitstatus_to_exitcode(status)}"
+
+
+def resources() -> tuple[list[str], int, list[tuple[str, str]]]:
+    """Descriptors, threads and anonymous mappings of this process, to be the same before and after."""
+    gc.collect()
+    descriptors = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            descriptors.append(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+        except FileNotFoundError:
+            continue  # that of the listing itself
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        named = [tuple(line.split()[:2]) for line in maps]
+    return sorted(descriptors), len(os.listdir("/proc/self/task")), named  # type: ignore[return-value]

@@ -1,0 +1,255 @@
+"""The fault thread of `uffd-wp`: when it cannot go on its writers do, and the next call says so."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from children import Crew, Mirror, Raw, in_child
+from conftest import FLAVOURS, PAGE, Flavour, lacking, libc, pages_of, private, write
+
+from pagemapcompat import ClosedError, DirtyTracker, FaultThreadError, KernelError
+
+pytestmark = pytest.mark.kernel
+
+SYNCHRONOUS = tuple(one for one in FLAVOURS if one.backend == "uffd-wp")
+
+
+@pytest.fixture(params=SYNCHRONOUS, ids=lambda one: one.name)
+def uffd_wp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
+    """Each generation of the backend that has a fault thread."""
+    chosen: Flavour = request.param
+    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", ",".join(chosen.disabled))
+    try:
+        chosen.tracker().close()
+    except KernelError as error:
+        lacking(chosen.backend, f"errno {error.errno}, {error.strerror}", error.hint or "none")
+    return chosen
+
+
+def descriptors(kind: str) -> set[int]:
+    """Of this process, by what they are."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == kind:
+                found.add(int(name))
+        except FileNotFoundError:
+            continue  # that of the listing itself
+    return found
+
+
+def by_closing(uffd: int) -> None:
+    """As a loop that closes every descriptor does."""
+    os.close(uffd)
+
+
+def by_dev_null(uffd: int) -> None:
+    """Put in its place: always readable, and empty."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, uffd)
+    os.close(null)
+
+
+def by_a_silent_pipe(uffd: int) -> None:
+    """Put in its place: never readable."""
+    reading, _ = os.pipe()
+    os.dup2(reading, uffd)
+
+
+def by_dev_zero(uffd: int) -> None:
+    """Put in its place: always readable, messages of zeros."""
+    zero = os.open("/dev/zero", os.O_RDWR)
+    os.dup2(zero, uffd)
+    os.close(zero)
+
+
+WAYS = (by_closing, by_dev_null, by_a_silent_pipe, by_dev_zero)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_losing_the_descriptor_strands_nobody(uffd_wp: Flavour, way: Callable[[int], None]) -> None:
+    """Writers go on, also one that holds the GIL; calls fail and say why; close works; memory can be tracked anew."""
+    memory = private(64)
+
+    def check() -> None:
+        sys.setswitchinterval(1e-5)
+        before = descriptors("anon_inode:[userfaultfd]")
+        tracker = uffd_wp.tracker()
+        ram = tracker.track(memory)
+        (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
+        crew, stop = Crew(), threading.Event()
+
+        def fill() -> None:
+            while not stop.is_set():
+                libc.fill(ram.range.start, 32 * PAGE)
+
+        crew.add(fill)
+        ram.collect()
+        way(uffd)
+        write(memory, *range(64))
+        for _ in range(3):
+            with pytest.raises((FaultThreadError, KernelError)):
+                ram.collect()
+            write(memory, *range(64))
+        stop.set()
+        crew.join()
+        busy = os.times().user + os.times().system
+        try:
+            tracker.close()
+        except KernelError as error:
+            raise AssertionError("close failed") from error
+        assert os.times().user + os.times().system - busy < 60
+        with pytest.raises(ClosedError):
+            ram.collect()
+        with uffd_wp.tracker() as another:
+            again = another.track(memory)
+            wrote = write(memory, 1)
+            assert pages_of(again.collect()) == wrote
+
+    in_child(check)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_lost_descriptor_ends_the_fault_thread(uffd_wp: Flavour, way: Callable[[int], None]) -> None:
+    """It neither spins nor stays: once a writer has woken it, it is gone."""
+    memory = private(8)
+
+    def check() -> None:
+        before = descriptors("anon_inode:[userfaultfd]")
+        threads = set(os.listdir("/proc/self/task"))
+        tracker = uffd_wp.tracker()
+        ram = tracker.track(memory)
+        (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
+        (fault_thread,) = set(os.listdir("/proc/self/task")) - threads
+        way(uffd)
+        write(memory, 1)
+        if way is by_a_silent_pipe:
+            # Nobody waits on it and it uses no time: to be found out by the next call is enough.
+            with pytest.raises((FaultThreadError, KernelError)):
+                ram.collect()
+        else:
+            while os.path.exists(f"/proc/self/task/{fault_thread}"):
+                os.sched_yield()  # a thread that never ends is the hang that this child's time limit catches
+            with pytest.raises(FaultThreadError):
+                ram.collect()
+        tracker.close()
+
+    in_child(check, seconds=20)
+
+
+def test_after_the_fault_thread_every_call_fails(uffd_wp: Flavour) -> None:
+    """FaultThreadError names the errno and what to do, from every method but close."""
+    memory, spare = private(8), private(8)
+
+    def check() -> None:
+        before = descriptors("anon_inode:[userfaultfd]")
+        tracker = uffd_wp.tracker()
+        ram = tracker.track(memory)
+        (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
+        threads = len(os.listdir("/proc/self/task"))
+        os.close(uffd)
+        write(memory, 1)
+        while len(os.listdir("/proc/self/task")) == threads:
+            os.sched_yield()
+        for call in (ram.peek, ram.collect, ram.reset, ram.unprotect, ram.rearm, tracker.statistics):
+            with pytest.raises(FaultThreadError, match="errno 9") as caught:
+                call()
+            assert caught.value.hint
+        with pytest.raises(FaultThreadError):
+            DirtyTracker.track(tracker, spare)
+        write(memory, *range(8))
+        ram.close()
+        tracker.close()
+        with pytest.raises(ClosedError):
+            ram.collect()
+
+    in_child(check)
+
+
+def test_closing_when_the_stop_event_is_lost(uffd_wp: Flavour) -> None:
+    """Somebody closed the eventfd that stops the thread: close still returns, and writers go on."""
+    memory = private(8)
+
+    def check() -> None:
+        before = descriptors("anon_inode:[eventfd]")
+        tracker = uffd_wp.tracker()
+        tracker.track(memory)
+        (stop,) = descriptors("anon_inode:[eventfd]") - before
+        os.close(stop)
+        write(memory, 1)
+        tracker.close()
+        write(memory, *range(8))
+
+    in_child(check)
+
+
+def test_losing_the_descriptor_beside_a_child_that_holds_it(uffd_wp: Flavour) -> None:
+    """The hardest case: a forked child keeps the userfaultfd alive, so losing it wakes nobody by itself."""
+    memory = private(64)
+
+    def check() -> None:
+        before = descriptors("anon_inode:[userfaultfd]")
+        tracker = uffd_wp.tracker()
+        ram = tracker.track(memory)
+        (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
+        children = Raw()
+        children.fork()
+        kept = os.dup(uffd)  # what can still be done about it is done with a copy, here the test's
+        os.close(uffd)
+        os.dup2(kept, uffd)
+        os.close(kept)
+        write(memory, *range(64))
+        assert pages_of(ram.collect()) == set(range(64))
+        tracker.close()
+        write(memory, *range(64))
+        children.end()
+
+    in_child(check)
+
+
+@pytest.fixture
+def many() -> Iterator[list[mmap.mmap]]:
+    """Enough ranges to have more waiting writers than one read of messages returns."""
+    made = [private(16) for _ in range(40)]
+    yield made
+    for one in made:
+        one.close()
+
+
+def test_many_writers_wait_at_once(uffd_wp: Flavour, many: list[mmap.mmap]) -> None:
+    """Forty threads at forty ranges, several at the same pages; each page is resolved and each write kept."""
+
+    def check() -> None:
+        with uffd_wp.tracker() as tracker:
+            rams = [tracker.track(one) for one in many]
+            mirrors = [Mirror(ram, one) for ram, one in zip(rams, many, strict=True)]
+            crew = Crew()
+            for index in range(len(many)):
+                for which in (index, index // 8 * 8):
+                    crew.add(libc.fill, rams[which].range.start, 16 * PAGE, index + 1)
+            for mirror in mirrors:
+                mirror.merge(mirror.ram.collect())
+            crew.join()
+            for mirror in mirrors:
+                mirror.finish()
+            assert tracker.statistics().faults > 0
+
+    in_child(check)
+
+
+def test_the_fault_thread_takes_no_signal(uffd_wp: Flavour) -> None:
+    """All of them are blocked in it: signals of the program reach the program's own threads."""
+    threads = set(os.listdir("/proc/self/task"))
+    with uffd_wp.tracker():
+        (thread,) = set(os.listdir("/proc/self/task")) - threads
+        with open(f"/proc/self/task/{thread}/status", encoding="ascii") as status:
+            blocked = next(line.split()[1] for line in status if line.startswith("SigBlk:"))
+        with open(f"/proc/self/task/{thread}/comm", encoding="ascii") as name:
+            assert name.read().startswith("pagemapcompat"[:15])
+    for number in (1, 2, 10, 14, 15):
+        assert int(blocked, 16) >> (number - 1) & 1

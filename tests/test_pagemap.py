@@ -1,0 +1,275 @@
+"""Pagemap: GET on this process and on others, by the ioctl and by words; and what results give."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+from conftest import PAGE, Flavour, lacking, libc, pages_of, private, write
+
+from pagemapcompat import (
+    AddressRange,
+    ClosedError,
+    DirtyTracker,
+    EntryFlag,
+    Feature,
+    InvalidArgumentError,
+    PageCategory,
+    Pagemap,
+    ScanQuery,
+    ScanResult,
+    TargetGoneError,
+    UnsupportedError,
+    probe,
+)
+
+pytestmark = pytest.mark.kernel
+
+C = PageCategory
+TELLABLE = C.FILE | C.PRESENT | C.SWAPPED
+PRESENT = ScanQuery(all_of=C.PRESENT, report=TELLABLE)
+
+
+@pytest.fixture(params=["ioctl", "words"])
+def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where answers come from."""
+    if request.param == "words":
+        monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan")
+    elif not (answer := probe()[Feature.PAGEMAP_SCAN]):
+        lacking("pagemap-scan", answer.detail, answer.hint or "none")
+    return str(request.param)
+
+
+@pytest.fixture
+def pagemap(source: str) -> Iterator[Pagemap]:
+    """This process's own."""
+    with Pagemap() as opened:
+        yield opened
+
+
+def indices(result: ScanResult, base: int) -> set[int]:
+    """Pages, counted from *base*."""
+    return {page - base // PAGE for region in result for page in range(region.start // PAGE, region.end // PAGE)}
+
+
+def test_presence(pagemap: Pagemap) -> None:
+    """Touched pages are present, the others are not, and read-only memory may be asked about."""
+    memory = private(32)
+    write(memory, 3, 4, 20)
+    assert pages_of(pagemap.scan(memory, PRESENT)) == {3, 4, 20}
+    assert [region.categories for region in pagemap.scan(memory, PRESENT)] == [C.PRESENT, C.PRESENT]
+    inverted = ScanQuery(inverted=C.PRESENT, all_of=C.PRESENT)
+    assert pages_of(pagemap.scan(memory, inverted)) == set(range(32)) - {3, 4, 20}
+    with mmap.mmap(-1, PAGE, prot=mmap.PROT_READ) as read_only:
+        assert pages_of(pagemap.scan(read_only, ScanQuery())) == {0}
+
+
+def test_both_sources_agree(area: Callable[..., AddressRange], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every query of categories that words can tell, over holes, limits and sub-ranges."""
+    answer = probe()[Feature.PAGEMAP_SCAN]
+    if not answer:
+        lacking("pagemap-scan", answer.detail, answer.hint or "none")
+    dice = random.Random(2)
+    memory = area(200)
+    for page in dice.sample(range(200), 70):
+        libc.fill(memory.start + page * PAGE)
+    libc.munmap(memory.start + 50 * PAGE, 20 * PAGE)
+    shared = mmap.mmap(-1, 16 * PAGE)
+    write(shared, 1, 5)
+    with Pagemap() as by_ioctl:
+        monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan")
+        with Pagemap() as by_words:
+            for _ in range(200):
+                query = ScanQuery(
+                    all_of=C(dice.choice([0, 0, 4, 8, 16, 12])),
+                    any_of=C(dice.choice([0, 0, 8, 20])),
+                    inverted=C(dice.choice([0, 0, 8, 16, 28])),
+                    report=C(dice.choice([0, 8, 12, 28])),
+                )
+                lo, hi = sorted(dice.sample(range(201), 2))
+                limit = dice.choice([None, 1, 7, 1000])
+                asked = AddressRange(memory.start + lo * PAGE, memory.start + hi * PAGE)
+                one, two = (opened.scan(asked, query, max_pages=limit) for opened in (by_ioctl, by_words))
+                assert list(one) == list(two), query
+                assert one.pages == two.pages
+                assert one.complete == two.complete
+            everything = ScanQuery(report=TELLABLE)
+            assert list(by_ioctl.scan(shared, everything)) == list(by_words.scan(shared, everything))
+    libc.mmap(20 * PAGE, address=memory.start + 50 * PAGE)
+
+
+def test_limits_resume(pagemap: Pagemap) -> None:
+    """A scan in steps finds what one scan finds."""
+    memory = private(64)
+    wrote = write(memory, *range(0, 64, 3))
+    base = pagemap.scan(memory, PRESENT).range.start
+    found: set[int] = set()
+    at: int | None = 0
+    while at is not None:
+        rest = AddressRange(base + at, base + 64 * PAGE)
+        result = pagemap.scan(rest, PRESENT, max_pages=5)
+        assert result.pages <= 5
+        found |= indices(result, base)
+        at = None if result.complete else result.walk_end - base
+    assert found == wrote
+
+
+def test_entries_agree_with_scan(pagemap: Pagemap) -> None:
+    """One word a page, decoded."""
+    memory = private(20_000)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    write(memory, 0, 9_000, 19_999)
+    entries = list(pagemap.entries(memory))
+    assert len(entries) == 20_000
+    assert [i for i, entry in enumerate(entries) if entry.flags & EntryFlag.PRESENT] == [0, 9_000, 19_999]
+
+
+def test_the_proposals_masks(pagemap: Pagemap) -> None:
+    """PRESENT without FILE, as the proposal wrote it; a contradiction matches nothing; empty answers are left out."""
+    memory = private(16)
+    wrote = write(memory, 2, 3, 9)
+    present, file = 4, 2
+    result = pagemap.scan(memory, ScanQuery.from_proposal(present, 0, file, present))
+    assert pages_of(result) == wrote
+    assert all(region.categories == C.PRESENT for region in result)
+    assert pages_of(pagemap.scan(memory, ScanQuery.from_proposal(present, 0, present, present))) == set()
+    assert pages_of(pagemap.scan(memory, ScanQuery.from_proposal(0, 0, file, present))) == wrote
+    limited = pagemap.scan(memory, ScanQuery.from_proposal(0, 0, 0, present), max_pages=2)
+    assert (limited.pages, limited.complete) == (2, False)
+    assert indices(limited, limited.range.start) == {2, 3}
+    assert limited.resume_at == 9 * PAGE
+
+
+def test_our_own_registrations(flavour: Flavour) -> None:
+    """WPALLOWED and WRITTEN of tracked memory, from either source, where they can be told."""
+    memory = private(16)
+    with flavour.tracker() as tracker, Pagemap() as pagemap:
+        ram = tracker.track(memory)
+        wrote = write(memory, 1, 7)
+        if flavour.backend == "uffd-wp" and probe().supports(Feature.PAGEMAP_SCAN):
+            return  # the ioctl answers, and says WPALLOWED only of asynchronous registrations
+        assert pages_of(pagemap.scan(memory, ScanQuery(all_of=C.WPALLOWED))) == set(range(16))
+        if probe().supports(Feature.PAGEMAP_SCAN) or probe().supports(Feature.PAGEMAP_UFFD_WP):
+            assert pages_of(pagemap.scan(memory, ScanQuery(all_of=C.WRITTEN | C.PRESENT))) == wrote
+        else:
+            with pytest.raises(UnsupportedError, match="WRITTEN"):
+                pagemap.scan(memory, ScanQuery(all_of=C.WRITTEN))
+        ram.close()
+
+
+def test_wpallowed_by_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the ioctl WPALLOWED is what this library registered."""
+    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan")
+    memory, other = private(8), private(8)
+    with DirtyTracker() as tracker, Pagemap() as pagemap, tracker.track(memory):
+        assert pages_of(pagemap.scan(memory, ScanQuery(all_of=C.WPALLOWED))) == set(range(8))
+        assert pages_of(pagemap.scan(other, ScanQuery(all_of=C.WPALLOWED))) == set()
+
+
+def test_words_refuse_what_they_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, instead of guessing."""
+    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan")
+    memory = private(4)
+    with Pagemap() as pagemap:
+        for category in (C.HUGE, C.PFNZERO):
+            with pytest.raises(UnsupportedError, match=str(category.name)):
+                pagemap.scan(memory, ScanQuery(all_of=category))
+    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan,pagemap-uffd-wp")
+    with Pagemap() as pagemap, pytest.raises(UnsupportedError, match="WRITTEN"):
+        pagemap.scan(memory, ScanQuery(all_of=C.WRITTEN))
+
+
+def test_an_unknown_category_is_named() -> None:
+    """The kernel refuses it, and the error says which bit of the four masks it was."""
+    answer = probe()[Feature.PAGEMAP_SCAN]
+    if not answer:
+        lacking("pagemap-scan", answer.detail, answer.hint or "none")
+    with Pagemap() as pagemap, pytest.raises(UnsupportedError, match=str(1 << 40)):
+        pagemap.scan(private(1), ScanQuery(report=C(1 << 40)))
+
+
+@pytest.fixture
+def other() -> Iterator[tuple[subprocess.Popen[str], AddressRange]]:
+    """Another process, and 16 pages of it of which 4 and 5 are in use."""
+    code = (
+        "import mmap, sys, ctypes\n"
+        "page = mmap.PAGESIZE\n"
+        "m = mmap.mmap(-1, 16 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "m[4 * page] = m[5 * page] = 1\n"
+        "print(ctypes.addressof(ctypes.c_char.from_buffer(m)), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as child:
+        assert child.stdout is not None
+        yield child, AddressRange.from_length(int(child.stdout.readline()), 16 * PAGE)
+
+
+def test_another_process(source: str, other: tuple[subprocess.Popen[str], AddressRange]) -> None:
+    """What is present there; and once it has gone, nothing of whoever comes after it."""
+    child, memory = other
+    with Pagemap(child.pid) as pagemap:
+        assert indices(pagemap.scan(memory, PRESENT), memory.start) == {4, 5}
+        if source == "words":
+            for category in (C.WRITTEN, C.WPALLOWED):
+                with pytest.raises(UnsupportedError, match=str(category.name)):
+                    pagemap.scan(memory, ScanQuery(all_of=category))
+        assert child.stdin is not None
+        child.stdin.close()
+        child.wait()
+        with pytest.raises(TargetGoneError):
+            list(pagemap.entries(memory))
+        try:
+            gone = pagemap.scan(memory, PRESENT)
+        except TargetGoneError:
+            pass
+        else:
+            assert len(gone) == 0
+
+
+def test_bitmap_and_friends(tracker: DirtyTracker) -> None:
+    """spans, page_indices, fill_bitmap, as_u64, indexing and iteration tell the same."""
+    dice = random.Random(3)
+    memory = private(777)
+    ram = tracker.track(memory)
+    wrote = write(memory, *dice.sample(range(777), 300))
+    result = ram.collect(3 * PAGE, 700 * PAGE)
+    wanted = sorted(page for page in wrote if 3 <= page < 700)
+    bits = bytearray((777 + 7) // 8)
+    bits[97] |= 0x80  # beyond the last page: stays as it was
+    assert result.fill_bitmap(bits) == len(wanted) == result.pages
+    assert [i for i in range(777) if bits[i // 8] >> i % 8 & 1] == wanted
+    assert bits[97] & 0x80
+    assert list(result.page_indices()) == wanted
+    assert [page for lo, hi in result.spans() for page in range(lo // PAGE, hi // PAGE)] == wanted
+    words = result.as_u64()
+    assert (words.format, words.ndim, len(words), words.readonly) == ("Q", 1, 3 * len(result), True)
+    assert list(result) == [result[i] for i in range(len(result))] == result[:]
+    assert result[-1] == list(result)[-1]
+    assert result[0].pages * PAGE == result[0].length
+    with pytest.raises(IndexError):
+        result[len(result)]
+    for bad in (bytearray(10), bytes(200)):
+        with pytest.raises(InvalidArgumentError, match="bitmap"):
+            result.fill_bitmap(bad)
+    assert "regions" in repr(result)
+    assert result == result
+    assert result != ram.peek()
+
+
+def test_a_closed_pagemap(pagemap: Pagemap) -> None:
+    """Says so; closing twice is fine."""
+    pagemap.close()
+    pagemap.close()
+    for call in (pagemap.fileno, lambda: pagemap.scan(private(1), PRESENT), lambda: list(pagemap.entries(private(1)))):
+        with pytest.raises(ClosedError):
+            call()
+
+
+def test_the_descriptor_is_the_kernels(pagemap: Pagemap) -> None:
+    """A Pagemap is a file."""
+    assert os.readlink(f"/proc/self/fd/{pagemap.fileno()}").endswith("/pagemap")
