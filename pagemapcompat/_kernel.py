@@ -44,6 +44,9 @@ KIND_SHARED: int = lib.PMC_KIND_SHARED
 KIND_FILE: int = lib.PMC_KIND_FILE
 KIND_HUGETLB: int = lib.PMC_KIND_HUGETLB
 
+TELLABLE: int = lib.PMC_TELLABLE
+"""The categories that pagemap words can tell."""
+
 ENGAGE: int = lib.PMC_ENGAGE
 REARM: int = lib.PMC_REARM
 
@@ -88,6 +91,18 @@ class Result:
     def __init__(self) -> None:
         self.c: Any = _new_result(_RESULT)
         self._regions: Any = None
+
+    @classmethod
+    def restore(cls, words: bytes, pages: int, walk_end: int) -> Result:
+        """The result that had these words: what unpickling needs."""
+        result = cls()
+        count = len(words) // ffi.sizeof("struct page_region")
+        result._regions = ffi.new("struct page_region[]", count)
+        ffi.memmove(result._regions, words, len(words))
+        result.c.regions = result._regions
+        result.c.count = result.c.capacity = count
+        result.c.pages, result.c.walk_end = pages, walk_end
+        return result
 
     def own(self) -> None:
         """Take over the regions, so that views of them outlive this object and they are freed with the last."""
@@ -288,6 +303,7 @@ def rearm(handle: RangeHandle, start: int, end: int, result: Result) -> int:
 
 def owe(handle: RangeHandle, result: Result) -> int:
     """Give the pages of a result that reached nobody back."""
+    result.own()  # an interrupt may have come before `scan` did
     return int(lib.pmc_owe(handle, result.c))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from errno import EBUSY, EDEADLK, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
+from errno import EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -169,7 +169,9 @@ class Backend:
                 return fd, tuple(attempts)
         tried = "; ".join(map(str, attempts)) or "every way is disabled by PAGEMAPCOMPAT_DISABLE"
         last = next((a for a in attempts if a.errno == EPERM), attempts[-1] if attempts else None)
-        kind = AccessError if last and last.errno == EPERM else UnsupportedError
+        kind: type[KernelError] = AccessError if last and last.errno == EPERM else UnsupportedError
+        if last and last.errno in (EMFILE, ENFILE, ENOMEM):
+            kind = KernelError
         raise kind.make(
             last.errno if last else EOPNOTSUPP,
             "userfaultfd",
@@ -259,15 +261,14 @@ class Backend:
             flags = _kernel.ENGAGE | (_kernel.REARM if rearm else 0)
             rc = _kernel.scan(on.handle, asked.start, asked.end, max_pages, flags, result)
             answer = ScanResult(result, asked, on.range.start, on.length)
+            if rc:
+                self._fail(-rc, _kernel.operation(result), asked, result)
+        except PagemapCompatError as error:
+            error.collected = answer
+            raise
         except BaseException:
             _kernel.owe(on.handle, result)
             raise
-        if rc:
-            try:
-                self._fail(-rc, _kernel.operation(result), asked, result)
-            except PagemapCompatError as error:
-                error.collected = answer
-                raise
         return answer
 
     def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
@@ -538,7 +539,8 @@ def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[
             backend = kind(report)
         except KernelError as error:
             failures.append(error)
-            rejected[kind.name] = f"{error.strerror}" + (f" (hint: {error.hint})" if error.hint else "")
+            reason = (error.strerror or "").removeprefix(f"{kind.name}: ")
+            rejected[kind.name] = reason + (f" (hint: {error.hint})" if error.hint else "")
             continue
         missing = require & ~backend.guarantees
         if not missing:
@@ -552,14 +554,13 @@ def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[
         backend.close()
         short = UnsupportedError.make(EOPNOTSUPP, kind.name, f"does not guarantee {missing.name}", hint=hint)
         failures.append(short)
-        rejected[kind.name] = f"{short.strerror} (hint: {hint})"
+        rejected[kind.name] = f"does not guarantee {missing.name} (hint: {hint})"
     if len(failures) == 1:
         raise failures[0]
     denied = next((failure for failure in failures if isinstance(failure, AccessError)), None)
     first = denied or failures[0]
-    kind_of_error = AccessError if denied else UnsupportedError
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in rejected.items())
-    raise kind_of_error.make(
+    raise type(first).make(
         first.errno or EOPNOTSUPP, "DirtyTracker", f"no backend works here: {reasons}", hint=first.hint
     )
 

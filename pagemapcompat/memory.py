@@ -6,7 +6,7 @@ import mmap
 import operator
 import os
 from errno import EACCES, EINVAL
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, TypeAlias, cast
 
 import attrs
 
@@ -14,7 +14,17 @@ from pagemapcompat import _kernel
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError, NotTrackableError
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from typing_extensions import Buffer
+
+    class Array(Protocol):
+        """A numpy array: its stubs call it a Buffer only for Python 3.12 and newer."""
+
+        @property
+        def __array_interface__(self) -> dict[str, Any]:
+            """How numpy says where its memory lies."""
+            ...
 
 _PAGE_SIZE = os.sysconf("SC_PAGESIZE")
 PAGE_SHIFT = _PAGE_SIZE.bit_length() - 1
@@ -87,7 +97,7 @@ class AddressRange:
         return AddressRange(self.start & -_PAGE_SIZE, -(-self.end & -_PAGE_SIZE))
 
 
-Memory: TypeAlias = "Buffer | AddressRange | tuple[int, int]"
+Memory: TypeAlias = "Buffer | Array | AddressRange | tuple[int, int]"
 """A buffer (mmap, numpy array, cffi or ctypes array), a range, or (address, length)."""
 
 
@@ -130,7 +140,7 @@ def pin(memory: Memory, *, writable: bool) -> PinnedMemory:
         given = AddressRange.from_length(*memory)
         return PinnedMemory(_aligned(given), given.length)
     try:
-        view = memoryview(memory)
+        view = memoryview(cast("Buffer", memory))
     except TypeError as error:
         error.add_note(
             f"hint: {type(memory).__name__} is no memory; give a buffer (mmap, numpy array), an AddressRange, or "

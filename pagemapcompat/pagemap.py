@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from errno import EACCES, EFAULT, EINVAL, ENOENT, EOPNOTSUPP, EPERM, ESRCH
 from itertools import chain
 from struct import iter_unpack
@@ -201,6 +201,11 @@ class ScanResult(Sequence[PageRegion]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __reduce__(self) -> tuple[Callable[..., ScanResult], tuple[object, ...]]:
+        """Pickle as the value it is."""
+        words = self.as_u64().tobytes()
+        return _restore, (words, self.pages, self.walk_end, self.range, self._base, self._length)
+
     def __repr__(self) -> str:
         """For people."""
         state = "complete" if self.complete else f"resume_at={self.resume_at:#x}"
@@ -250,6 +255,10 @@ class ScanResult(Sequence[PageRegion]):
         `np.asarray(result.as_u64()).reshape(-1, 3)` copies nothing either. The view keeps the array alive.
         """
         return self._result.words()
+
+
+def _restore(words: bytes, pages: int, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:
+    return ScanResult(_kernel.Result.restore(words, pages, walk_end), asked, base, length)
 
 
 @attrs.frozen
@@ -407,14 +416,13 @@ class Pagemap:
             raise UnsupportedError.make(
                 EOPNOTSUPP,
                 "/proc/PID/pagemap",
-                f"{categories.name} cannot be told {where} without PAGEMAP_SCAN",
+                f"{categories.name or hex(categories)} cannot be told {where} without PAGEMAP_SCAN",
                 hint=f"ask for other categories, or run on a kernel with feature {Feature.PAGEMAP_SCAN.value}",
             )
 
     def _fail(self, number: int, query: ScanQuery, asked: AddressRange, operation: str) -> None:
         if number == EOPNOTSUPP:
-            tellable = sum(PageCategory) & ~(PageCategory.HUGE | PageCategory.PFNZERO)
-            self._refuse(query.mentioned & ~tellable, "from pagemap words")
+            self._refuse(query.mentioned & ~_kernel.TELLABLE, "from pagemap words")
         if number == EINVAL:
             for bit in (PageCategory(1 << i) for i in range(64) if query.mentioned >> i & 1):
                 if _kernel.pagemap_scan(self._fd, 0, 0, report=bit)[0] == -EINVAL:
@@ -422,7 +430,9 @@ class Pagemap:
                         EINVAL, operation, f"this kernel has no category {bit!r}", range=asked, hint="leave it out"
                     )
         if number == ESRCH:
-            raise TargetGoneError.make(ESRCH, operation, f"process {self.pid} has no memory any more", range=asked)
+            raise TargetGoneError.make(
+                ESRCH, operation, f"process {self.pid} has no memory any more", range=asked, hint="the process ended"
+            )
         if number == EFAULT:
             raise InvalidArgumentError(f"{asked} is not in the user's address space").with_hint("see /proc/PID/maps")
         raise KernelError.make(number, operation, os.strerror(number), range=asked)

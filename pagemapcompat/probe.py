@@ -385,7 +385,7 @@ def _disabled() -> frozenset[str]:
 
 
 _cache: tuple[int, frozenset[str], FeatureReport] | None = None
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def probe(*, refresh: bool = False) -> FeatureReport:
@@ -418,7 +418,7 @@ def probe(*, refresh: bool = False) -> FeatureReport:
 
 def _renew_lock() -> None:
     global _lock  # noqa: PLW0603
-    _lock = threading.Lock()  # its holder, if it had one, does not exist in this process
+    _lock = threading.RLock()  # its holder, if it had one, does not exist in this process
 
 
 os.register_at_fork(after_in_child=_renew_lock)

@@ -175,7 +175,6 @@ class TrackedRange:
         """Stop watching, then let the buffer go. Idempotent; waits for running calls."""
         if self._closed:
             return
-        self._closed = True
         try:
             self._backend.detach(self._attached)
         finally:
@@ -277,14 +276,14 @@ class DirtyTracker:
             claimed = claim(pinned.range, self._is_watching)
             try:
                 attached = self._backend.attach(pinned.range, pinned.length)
+                tracked = TrackedRange(self._backend, pinned, attached, claimed, rearm=self._rearm)
+                self._ranges.add(tracked)
             except BaseException:
                 release(claimed)
                 raise
         except BaseException:
             pinned.release()
             raise
-        tracked = TrackedRange(self._backend, pinned, attached, claimed, rearm=self._rearm)
-        self._ranges.add(tracked)
         return tracked
 
     def _is_watching(self) -> bool:

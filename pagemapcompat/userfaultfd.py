@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import Enum
-from errno import EACCES, EINVAL, ENODEV, ENOENT, ENOSYS, ENXIO, EPERM, errorcode
+from errno import EACCES, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOSYS, ENXIO, EPERM, errorcode
 
 import attrs
 
@@ -92,4 +92,4 @@ def open_hint(attempt: Attempt) -> str:
         return "Linux 5.11 has UFFD_USER_MODE_ONLY; before it, sysctl vm.unprivileged_userfaultfd=1"
     if number == EINVAL:
         return "a newer kernel, or one whose configuration has these features"
-    return os.strerror(number)
+    return "see ulimit -n" if number in (EMFILE, ENFILE) else os.strerror(number)

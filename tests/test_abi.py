@@ -90,6 +90,7 @@ def test_unknown_bits_survive(bits: int) -> None:
 @example((1 << 64) - 1)
 @example(1 << 63)
 @example(1 << 62)
+@example(1 << 62 | 63)
 @example(1 << 63 | 1 << 62 | 77)
 def test_decode(word: int) -> None:
     """As Documentation/admin-guide/mm/pagemap.rst lays it out; no bit is lost, unknown ones included."""

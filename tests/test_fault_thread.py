@@ -98,12 +98,7 @@ def test_losing_the_descriptor_strands_nobody(uffd_wp: Flavour, way: Callable[[i
             write(memory, *range(64))
         stop.set()
         crew.join()
-        busy = os.times().user + os.times().system
-        try:
-            tracker.close()
-        except KernelError as error:
-            raise AssertionError("close failed") from error
-        assert os.times().user + os.times().system - busy < 60
+        tracker.close()
         with pytest.raises(ClosedError):
             ram.collect()
         with uffd_wp.tracker() as another:
@@ -111,7 +106,7 @@ def test_losing_the_descriptor_strands_nobody(uffd_wp: Flavour, way: Callable[[i
             wrote = write(memory, 1)
             assert pages_of(again.collect()) == wrote
 
-    in_child(check)
+    in_child(check, seconds=20)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -139,7 +134,7 @@ def test_a_lost_descriptor_ends_the_fault_thread(uffd_wp: Flavour, way: Callable
                 ram.collect()
         tracker.close()
 
-    in_child(check, seconds=20)
+    in_child(check, seconds=10)
 
 
 def test_after_the_fault_thread_every_call_fails(uffd_wp: Flavour) -> None:

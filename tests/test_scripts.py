@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,6 @@ import pytest
 from conftest import PAGE, run_child
 
 from pagemapcompat import DirtyTracker, KernelError, page_size
-
-pytestmark = pytest.mark.kernel
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -52,6 +51,7 @@ def demo(disabled: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.kernel
 def test_the_five_line_program_runs_as_written() -> None:
     """README's first program has five lines and prints what its comment says."""
     program = fenced("python")[0]
@@ -92,14 +92,14 @@ def test_bash_scripts_parse(path: Path) -> None:
 def test_scripts_say_what_is_missing(tmp_path: Path) -> None:
     """With neither a fit Python nor gcc in reach, one apt command names them all, and no .venv is begun."""
     for name in ("dirname", "uname", "id", "cat", "mktemp"):
-        (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
     scripts = tmp_path / "clone" / "scripts"
     scripts.mkdir(parents=True)
     for name in ("_setup", "demo", "test"):
         (scripts / name).write_bytes((SCRIPTS / name).read_bytes())
     for name in ("demo", "test"):
         done = subprocess.run(
-            ["/bin/bash", scripts / name],
+            [str(shutil.which("bash")), scripts / name],
             env={"PATH": str(tmp_path), "PYTHON": "/nowhere/python3"},
             capture_output=True,
             text=True,
@@ -113,6 +113,7 @@ def test_scripts_say_what_is_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "clone" / ".venv").exists()
 
 
+@pytest.mark.kernel
 def test_the_demo_shows_every_backend() -> None:
     """It runs from any directory, names each backend, shows its operations or why it cannot; every answer is right."""
     done = demo()
@@ -131,6 +132,7 @@ def test_the_demo_shows_every_backend() -> None:
     assert "Every answer was exactly right." in done.stdout
 
 
+@pytest.mark.kernel
 def test_the_demo_says_why_a_backend_is_not_used() -> None:
     """What was disabled is named with its reason and remedy; with nothing left the demo fails, and says so."""
     if usable("uffd-wp"):

@@ -42,6 +42,10 @@
 #define PMC_KIND_FILE (1u << 2) // private mapping of a file, or shared one of a regular file
 #define PMC_KIND_HUGETLB (1u << 3)
 
+// The categories that a pagemap word can tell. HUGE and PFNZERO are in none, and FILE is set on the huge zero page, where the
+// ioctl says nothing of the kind (seen on 6.18).
+#define PMC_TELLABLE (~(PAGE_IS_HUGE | PAGE_IS_PFNZERO) & (PAGE_IS_GUARD * 2 - 1))
+
 // Flags of pmc_scan() and pmc_reset().
 #define PMC_ENGAGE (1u << 0) // write-protect what is returned
 #define PMC_REARM (1u << 1) // register what has lost its registration instead of failing

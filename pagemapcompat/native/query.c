@@ -5,12 +5,6 @@
 
 #include "internal.h"
 
-// What a word can tell. HUGE and PFNZERO are in no word, and FILE is set on the huge zero page, where the ioctl says
-// nothing of the kind (seen on 6.18).
-#define TELLABLE                                                                                                       \
-	(PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN | PAGE_IS_FILE | PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_SOFT_DIRTY |   \
-	 PAGE_IS_GUARD)
-
 static uint64_t categories_of(uint64_t word, uint64_t base)
 {
 	return base | (word & PM_WORD_UFFD_WP ? 0 : PAGE_IS_WRITTEN) | (word & PM_WORD_FILE ? PAGE_IS_FILE : 0) |
@@ -126,7 +120,7 @@ static int query_words(int pagemap, int maps, const struct pm_scan_arg *arg, con
 	uint64_t next = 0;
 	int rc = 0;
 
-	if ((arg->category_inverted | arg->category_mask | arg->category_anyof_mask | arg->return_mask) & ~TELLABLE)
+	if ((arg->category_inverted | arg->category_mask | arg->category_anyof_mask | arg->return_mask) & ~PMC_TELLABLE)
 		return -EOPNOTSUPP;
 	pmc_vmas_refresh(&vmas);
 	result->walk_end = arg->start;

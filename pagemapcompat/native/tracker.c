@@ -318,7 +318,8 @@ static int register_stretch(struct pmc_range *range, uint64_t start, uint64_t en
 	if (rc)
 		return rc;
 	// Only hugetlb memory takes no UFFDIO_ZEROPAGE (fs/userfaultfd.c: UFFD_API_RANGE_IOCTLS_BASIC).
-	return classify(range, !(ioctls >> UFFDIO_ZEROPAGE_BIT & 1) || range->piece_count > 1);
+	bool huge = !(ioctls >> UFFDIO_ZEROPAGE_BIT & 1) || pmc_range_kinds(range) & PMC_KIND_HUGETLB;
+	return classify(range, huge);
 }
 
 static int reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end)
