@@ -416,7 +416,7 @@ class Pagemap:
             raise UnsupportedError.make(
                 EOPNOTSUPP,
                 "/proc/PID/pagemap",
-                f"{categories.name or hex(categories)} cannot be told {where} without PAGEMAP_SCAN",
+                f"{categories.name or int(categories)} cannot be told {where} without PAGEMAP_SCAN",
                 hint=f"ask for other categories, or run on a kernel with feature {Feature.PAGEMAP_SCAN.value}",
             )
 

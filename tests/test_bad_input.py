@@ -695,3 +695,4 @@ def test_errors_with_collected_pages_pickle(area: Callable[..., AddressRange]) -
             ram.collect()
         assert caught.value.collected is not None
         survives_pickling(caught.value)
+        assert pickle.loads(pickle.dumps(caught.value)).collected in (caught.value.collected, None)  # noqa: S301

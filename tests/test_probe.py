@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import threading
@@ -188,6 +189,7 @@ def test_leaves_no_trace() -> None:
         return sorted(os.listdir("/proc/self/fd")), sorted(os.listdir("/proc/self/task")), mappings
 
     probe(refresh=True)
+    gc.collect()  # what earlier tests left to it would go meanwhile
     before = state()
     for _ in range(20):
         probe(refresh=True)

@@ -1,5 +1,5 @@
 // What the C files share. Layers, each using only those before it:
-// output, vmas, uffd, fault, then the engines (words, scan), then tracker.
+// output, vmas, uffd, fault, then the engines (words, scan), then tracker, range and operations.
 #ifndef PMC_INTERNAL_H
 #define PMC_INTERNAL_H
 
@@ -233,5 +233,33 @@ int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct p
 int pmc_kernel_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
 		     uint64_t *walk_end);
 int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);
+
+// -- tracker.c ------------------------------------------------------------------------------------------------
+
+static inline bool pmc_is_async(const struct pmc_tracker *tracker)
+{
+	return tracker->abilities & PMC_CAN_ASYNC;
+}
+
+// Begins a call: 0 with the mutex held, or the reason why there is none.
+int pmc_enter(struct pmc_tracker *tracker);
+// Ends it, and returns *rc*.
+int pmc_leave(struct pmc_tracker *tracker, int rc, struct pmc_result *result);
+// Drops a reference; the last one frees.
+void pmc_tracker_put(struct pmc_tracker *tracker);
+
+// -- range.c; all under the tracker's mutex ---------------------------------------------------------------------
+
+int pmc_engine_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
+int pmc_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);
+// Protects [start, end), whatever its pieces. *walk_end: done up to there.
+int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end);
+// Owes every mapped page of [start, end).
+int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end);
+// Registers the first untracked stretch of [start, end), protects it and, with *owe*, counts it as written. 1: there was one, and
+// *stop* is its end.
+int pmc_rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, bool owe, uint64_t *stop,
+		   struct pmc_result *result);
+int pmc_range_close_locked(struct pmc_range *range);
 
 #endif

@@ -1,0 +1,314 @@
+// Ranges: what kinds of memory they hold, their registration, and which engine answers for them.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+
+#include "internal.h"
+
+static bool overlaps(uint64_t start, uint64_t end, const void *pages, size_t size)
+{
+	uint64_t from = (uint64_t)(uintptr_t)pages;
+	return from < end && start < from + size;
+}
+
+// Whether a page fault in [start, end) could be one that the fault thread, or a holder of its lock, has to wait for.
+static bool is_own_memory(const struct pmc_tracker *tracker, uint64_t start, uint64_t end)
+{
+	if (overlaps(start, end, tracker, sizeof(*tracker)) || overlaps(start, end, tracker->stack, tracker->stack_size) ||
+	    overlaps(start, end, tracker->alive, page_size_of(tracker)))
+		return true;
+	for (const struct pmc_range *range = tracker->ranges; range; range = range->next)
+		if (overlaps(start, end, range, sizeof(*range)) ||
+		    overlaps(start, end, range->owed, 3 * range->bits_size))
+			return true;
+	return false;
+}
+
+int pmc_engine_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg)
+{
+	return pmc_is_async(range->tracker) ? pmc_kernel_scan(range, piece, arg) : pmc_words_scan(range, piece, arg);
+}
+
+static int engine_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
+			uint64_t *walk_end)
+{
+	return pmc_is_async(range->tracker) ? pmc_kernel_reset(range, piece, start, end, walk_end) :
+					  pmc_words_reset(range, piece, start, end, walk_end);
+}
+
+int pmc_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to)
+{
+	pmc_vmas_refresh(&range->tracker->vmas);
+	return pmc_is_async(range->tracker) ? pmc_kernel_next_untracked(range, start, end, from, to) :
+					  pmc_words_next_untracked(range, start, end, from, to);
+}
+
+// ---- Pieces and registration ------------------------------------------------------------------------------
+
+static int piece_append(struct pmc_range *range, uint64_t end, uint32_t kind, uint32_t page_shift)
+{
+	struct piece *last = range->piece_count ? &range->pieces[range->piece_count - 1] : NULL;
+	if (last && last->kind == kind && last->page_shift == page_shift) {
+		last->end = end;
+		return 0;
+	}
+	if (range->piece_count == range->piece_capacity) {
+		uint32_t capacity = range->piece_capacity ? range->piece_capacity * 2 : 64;
+		struct piece *pieces = pmc_pages_alloc(capacity * sizeof(*pieces));
+		if (!pieces)
+			return -ENOMEM;
+		if (range->piece_count)
+			memcpy(pieces, range->pieces, range->piece_count * sizeof(*pieces));
+		pmc_pages_free(range->pieces, range->piece_capacity * sizeof(*pieces));
+		range->pieces = pieces;
+		range->piece_capacity = capacity;
+	}
+	range->pieces[range->piece_count++] = (struct piece){ end, kind, page_shift };
+	return 0;
+}
+
+// Finds out anew what kinds of memory the range holds. *sizes*: some of it is hugetlb, which plain maps does not show.
+static int classify(struct pmc_range *range, bool sizes)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	struct vmas *vmas = &tracker->vmas, *slow = NULL;
+	uint64_t pos = range->start;
+	struct vma vma;
+	int rc = 0;
+
+	if (sizes && !vmas->query) {
+		vmas = slow = pmc_pages_alloc(sizeof(*slow));
+		if (!slow)
+			return -ENOMEM;
+		rc = pmc_vmas_open(slow, false, true);
+	}
+	range->piece_count = 0;
+	tracker->operation = "/proc/self/maps";
+	if (!rc)
+		pmc_vmas_refresh(vmas);
+	while (!rc && pos < range->end) {
+		int found = pmc_vmas_at(vmas, pos, &vma);
+		if (found < 0)
+			rc = found;
+		if (found <= 0 || vma.start >= range->end)
+			break;
+		// A hole goes with the piece before it; without one it must not lend its odd start to huge pages.
+		if (vma.start > pos && range->piece_count)
+			range->pieces[range->piece_count - 1].end = vma.start;
+		else if (vma.start > pos)
+			rc = piece_append(range, vma.start, PMC_KIND_ANON, tracker->page_shift);
+		pos = min_u64(vma.end, range->end);
+		if (!rc)
+			rc = piece_append(range, pos, vma.kind, vma.page_shift);
+	}
+	if (!rc && !range->piece_count)
+		rc = piece_append(range, range->end, PMC_KIND_ANON, tracker->page_shift);
+	if (!rc)
+		range->pieces[range->piece_count - 1].end = range->end;
+	if (slow) {
+		pmc_vmas_close(slow);
+		pmc_pages_free(slow, sizeof(*slow));
+	}
+	return rc;
+}
+
+static int register_stretch(struct pmc_range *range, uint64_t start, uint64_t end)
+{
+	uint64_t ioctls;
+	range->tracker->operation = "UFFDIO_REGISTER";
+	int rc = pmc_uffd_register(range->tracker->uffd, start, end, &ioctls);
+	if (rc)
+		return rc;
+	// Only hugetlb memory takes no UFFDIO_ZEROPAGE (fs/userfaultfd.c: UFFD_API_RANGE_IOCTLS_BASIC).
+	bool huge = !(ioctls >> UFFDIO_ZEROPAGE_BIT & 1) || pmc_range_kinds(range) & PMC_KIND_HUGETLB;
+	return classify(range, huge);
+}
+
+int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end)
+{
+	int rc = 0;
+	for (*walk_end = start; *walk_end < end && !rc;) {
+		const struct piece *piece = pmc_piece_at(range, *walk_end);
+		rc = engine_reset(range, piece, *walk_end, min_u64(end, piece->end), walk_end);
+	}
+	return rc;
+}
+
+// Owes every mapped page of [start, end).
+int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	struct vma vma;
+	int rc = 0;
+
+	pmc_vmas_refresh(&tracker->vmas);
+	for (uint64_t pos = start; pos < end; pos = vma.end) {
+		rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
+		if (rc <= 0 || vma.start >= end)
+			break;
+		range->owed_count += pmc_bits_fill(range->owed, page_index(range, max_u64(vma.start, pos)),
+						   page_index(range, min_u64(vma.end, end)), true);
+	}
+	if (rc < 0)
+		tracker->operation = "/proc/self/maps";
+	return rc < 0 ? rc : 0;
+}
+
+// Registers the first untracked stretch of [start, end), protects it and, with *owe*, counts it as written. 1: there was one.
+int pmc_rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, bool owe, uint64_t *stop,
+		      struct pmc_result *result)
+{
+	uint64_t from, to, walk_end;
+	*stop = end;
+	int rc = pmc_next_untracked(range, start, end, &from, &to);
+	if (rc <= 0)
+		return rc;
+	result->untracked_start = from;
+	result->untracked_end = to;
+	*stop = to;
+	rc = register_stretch(range, from, to);
+	if (!rc && owe)
+		rc = pmc_owe_mapped(range, from, to);
+	if (!rc)
+		rc = pmc_reset_stretch(range, from, to, &walk_end);
+	return rc ? rc : 1;
+}
+
+// ---- Life of a range ----------------------------------------------------------------------------------------
+
+int pmc_range_close_locked(struct pmc_range *range)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	if (!range->open)
+		return 0;
+	range->open = false;
+	tracker->operation = "UFFDIO_UNREGISTER";
+	// Before the descriptor is closed, always: while a forked child holds a copy of it, closing it wakes no writer.
+	int rc = atomic_load(&tracker->fault_errno) ?
+			 0 :
+			 pmc_unregister_all(tracker, &tracker->vmas, range->start, range->end);
+	pmc_fair_lock(&tracker->fault_lock);
+	struct pmc_range **link = &tracker->ranges;
+	while (*link && *link != range)
+		link = &(*link)->next;
+	if (*link)
+		*link = range->next;
+	pmc_fair_unlock(&tracker->fault_lock);
+	return rc;
+}
+
+static void range_free(struct pmc_range *range)
+{
+	pmc_pages_free(range->owed, 3 * range->bits_size);
+	pmc_pages_free(range->pieces, range->piece_capacity * sizeof(*range->pieces));
+	pmc_pages_free(range, sizeof(*range));
+}
+
+static int range_setup(struct pmc_range *range, struct pmc_result *result)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	uint64_t words = align_up(((range->end - range->start) >> tracker->page_shift), 64) / 64, walk_end;
+
+	range->bits_size = words * sizeof(uint64_t);
+	range->owed = pmc_pages_alloc(3 * range->bits_size);
+	if (!range->owed)
+		return -ENOMEM;
+	range->quiet = range->owed + words;
+	if (!(tracker->abilities & PMC_CAN_SEE_MARKS)) {
+		range->log = range->quiet + words;
+		// Touched now, so that the fault thread never has to wait for memory.
+		memset(range->log, 0, range->bits_size);
+	}
+	if (is_own_memory(tracker, range->start, range->end) ||
+	    overlaps(range->start, range->end, range, sizeof(*range)) ||
+	    overlaps(range->start, range->end, range->owed, 3 * range->bits_size) ||
+	    overlaps(range->start, range->end, __builtin_frame_address(0), 1))
+		return -PMC_EOWNMEMORY;
+
+	int rc = register_stretch(range, range->start, range->end);
+	if (rc)
+		return rc;
+	// The fault thread must know a range before it protects its first page.
+	pmc_fair_lock(&tracker->fault_lock);
+	range->next = tracker->ranges;
+	tracker->ranges = range;
+	pmc_fair_unlock(&tracker->fault_lock);
+	range->open = true;
+	rc = pmc_reset_stretch(range, range->start, range->end, &walk_end);
+	if (rc == -ENOENT) {
+		result->untracked_start = walk_end;
+		result->untracked_end = range->end;
+	}
+	if (rc) {
+		const char *operation = tracker->operation;
+		(void)pmc_range_close_locked(range);
+		tracker->operation = operation;
+	}
+	return rc;
+}
+
+int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64_t start, uint64_t end,
+		     struct pmc_result *result)
+{
+	int rc = pmc_enter(tracker);
+	if (rc)
+		return rc;
+	struct pmc_range *range = pmc_pages_alloc(sizeof(*range));
+	tracker->operation = "mmap";
+	if (!range)
+		return pmc_leave(tracker, -ENOMEM, result);
+	range->tracker = tracker;
+	range->start = start;
+	range->end = end;
+	range->exact = true;
+	rc = range_setup(range, result);
+	if (rc) {
+		range_free(range);
+		return pmc_leave(tracker, rc, result);
+	}
+	atomic_fetch_add(&tracker->references, 1);
+	*ret = range;
+	return pmc_leave(tracker, 0, result);
+}
+
+int pmc_range_close(struct pmc_range *range)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	if (!atomic_load_explicit(tracker->alive, memory_order_relaxed))
+		return 0;
+	pthread_mutex_lock(&tracker->mutex);
+	int rc = pmc_range_close_locked(range);
+	pthread_mutex_unlock(&tracker->mutex);
+	return rc;
+}
+
+void pmc_range_destroy(struct pmc_range *range)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	(void)pmc_range_close(range);
+	range_free(range);
+	pmc_tracker_put(tracker);
+}
+
+uint32_t pmc_range_kinds(struct pmc_range *range)
+{
+	uint32_t kinds = 0;
+	for (uint32_t i = 0; i < range->piece_count; i++)
+		kinds |= range->pieces[i].kind;
+	return kinds;
+}
+
+uint64_t pmc_range_granularity(struct pmc_range *range)
+{
+	uint32_t shift = range->tracker->page_shift;
+	for (uint32_t i = 0; i < range->piece_count; i++)
+		if (range->pieces[i].page_shift > shift)
+			shift = range->pieces[i].page_shift;
+	return 1ull << shift;
+}
+
+int pmc_range_exact(struct pmc_range *range)
+{
+	return range->exact;
+}
+
