@@ -16,7 +16,6 @@ from pagemapcompat.abi import Feature as Feature
 from pagemapcompat.abi import Guarantee as Guarantee
 from pagemapcompat.abi import PageCategory as PageCategory
 from pagemapcompat.backends import BackendStatistics as BackendStatistics
-from pagemapcompat.backends import Selection as Selection
 from pagemapcompat.errors import AccessError as AccessError
 from pagemapcompat.errors import AlignmentError as AlignmentError
 from pagemapcompat.errors import AlreadyRegisteredError as AlreadyRegisteredError
@@ -39,6 +38,7 @@ from pagemapcompat.pagemap import ScanResult as ScanResult
 from pagemapcompat.probe import FeatureReport as FeatureReport
 from pagemapcompat.probe import ProbeResult as ProbeResult
 from pagemapcompat.probe import probe as probe
+from pagemapcompat.selection import Selection as Selection
 from pagemapcompat.tracker import DirtyTracker as DirtyTracker
 from pagemapcompat.tracker import TrackedRange as TrackedRange
 

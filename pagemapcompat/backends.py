@@ -1,4 +1,4 @@
-"""The backends, and choosing one.
+"""The backends.
 
 A backend is an engine of the C core with the descriptors it works on. All three operations of the mailing list are here
 under their own names: `get`, `get_and_engage_wp`, `engage_wp`, and `disengage_wp` beside them.
@@ -18,11 +18,9 @@ from pagemapcompat import _kernel
 from pagemapcompat.abi import Feature, Guarantee, UffdFeature
 from pagemapcompat.errors import (
     AccessError,
-    AlignmentError,
     AlreadyRegisteredError,
     ClosedError,
     FaultThreadError,
-    InvalidArgumentError,
     KernelError,
     NotTrackableError,
     NotTrackedError,
@@ -30,8 +28,9 @@ from pagemapcompat.errors import (
     TargetGoneError,
     UnsupportedError,
 )
-from pagemapcompat.memory import AddressRange, page_size
+from pagemapcompat.memory import AddressRange
 from pagemapcompat.pagemap import ScanResult
+from pagemapcompat.refusals import raise_einval
 from pagemapcompat.userfaultfd import Attempt, Way, open_hint, open_userfaultfd
 
 if TYPE_CHECKING:
@@ -231,7 +230,7 @@ class Backend:
                 hint="open the file for writing, or map it privately",
             )
         if number == EINVAL:
-            _diagnose_einval(operation, memory, self.name)
+            raise_einval(operation, memory, self.name)
         raise KernelError.make(number, operation, os.strerror(number), range=memory)
 
     def detach(self, attached: Attached) -> None:
@@ -430,139 +429,8 @@ class UffdWpBackend(Backend):
         return super()._abilities() & ~(0 if self._marks_empty else _kernel.CAN_MARK_EMPTY)
 
 
-def _mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
-    """(range, permissions, path) of every mapping that touches *memory*."""
-    found = []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        for line in maps:
-            addresses, permissions, _, _, _, *path = line.rstrip("\n").split(None, 5)
-            start, end = (int(part, 16) for part in addresses.split("-"))
-            if start < memory.end and memory.start < end:
-                found.append((AddressRange(start, end), permissions, path[0] if path else ""))
-    return found
-
-
-def _diagnose_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn:
-    mappings = _mappings(memory)
-    if not mappings:
-        raise NotTrackableError.make(
-            EINVAL, operation, f"nothing is mapped in {memory}", range=memory, hint="map it first, if only as PROT_NONE"
-        )
-    for mapping, permissions, path in mappings:
-        huge = _huge_page_size(mapping)
-        if huge > page_size() and (memory.start % huge or memory.end % huge):
-            error = AlignmentError(f"{memory} begins or ends inside a huge page of {mapping} ({huge} bytes)")
-            error.address, error.length = memory.start, memory.length
-            raise error.with_hint(f"in hugetlb memory track multiples of {huge} bytes")
-        shared = permissions[3] == "s"
-        if shared or path.startswith("/"):
-            in_memory = path.startswith(("/dev/zero", "/memfd:", "/dev/shm/", "/SYSV", "/anon_hugepage"))  # noqa: S108
-            hint = (
-                "shared and hugetlb memory is tracked since Linux 5.19; until then "
-                "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS (plain mmap.mmap(-1, length) is shared)"
-                if in_memory
-                else f"{backend} does not track files; backend pagemap-scan does (Linux 6.7)"
-            )
-            raise NotTrackableError.make(
-                EINVAL,
-                operation,
-                f"the kernel refuses the {'shared' if shared else 'private'} mapping {path} at {mapping}",
-                range=mapping,
-                hint=hint,
-            )
-    raise NotTrackableError.make(
-        EINVAL,
-        operation,
-        f"the kernel refuses {memory}",
-        range=memory,
-        hint="special mappings ([vvar], device memory, MAP_DROPPABLE) cannot be tracked",
-    )
-
-
-def _huge_page_size(mapping: AddressRange) -> int:
-    """KernelPageSize of a mapping, in bytes, as /proc/self/smaps has it."""
-    inside = False
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
-        for line in smaps:
-            word = line.split(None, 1)[0]
-            if "-" in word and not word.endswith(":"):
-                inside = word == f"{mapping.start:08x}-{mapping.end:08x}"
-            elif inside and word == "KernelPageSize:":
-                return int(line.split()[1]) << 10
-    return page_size()
-
-
 BACKENDS: Final[tuple[type[Backend], ...]] = (PagemapScanBackend, UffdWpBackend)
 """Best first; "auto" walks it."""
-
-
-def _read_only(reasons: Mapping[str, str]) -> Mapping[str, str]:
-    return MappingProxyType(dict(reasons))
-
-
-@attrs.frozen(kw_only=True)
-class Selection:
-    """Which backend was chosen, and why no better one."""
-
-    chosen: str
-    guarantees: Guarantee
-    """For private anonymous memory; `TrackedRange.guarantees` speaks of one mapping."""
-    rejected: Mapping[str, str] = attrs.field(converter=_read_only)
-    """By name: the reason, with the errno and what to change."""
-    userfaultfd: tuple[str, ...]
-    """Every way of opening a userfaultfd that was tried, with its errno; the last one is in use."""
-
-    def __str__(self) -> str:
-        """A few lines for people."""
-        lines = [f"{self.chosen} ({', '.join(g.name or '' for g in self.guarantees)})", *self.userfaultfd]
-        lines += [f"not {name}: {reason}" for name, reason in self.rejected.items()]
-        return "\n".join(lines)
-
-
-def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[Backend, Selection]:
-    """Open the backend *name*, or with "auto" the best one that works and gives *require*.
-
-    Raises:
-        InvalidArgumentError: There is no such backend.
-
-        AccessError, UnsupportedError: None works, or none gives *require*. The message has every reason.
-    """
-    names = [backend.name for backend in BACKENDS]
-    if name != "auto" and name not in names:
-        raise InvalidArgumentError(f"there is no backend {name!r}").with_hint(f"choose auto, {' or '.join(names)}")
-    rejected: dict[str, str] = {}
-    failures: list[KernelError] = []
-    for kind in BACKENDS:
-        if name not in ("auto", kind.name):
-            continue
-        try:
-            backend = kind(report)
-        except KernelError as error:
-            failures.append(error)
-            reason = (error.strerror or "").removeprefix(f"{kind.name}: ")
-            rejected[kind.name] = reason + (f" (hint: {error.hint})" if error.hint else "")
-            continue
-        missing = require & ~backend.guarantees
-        if not missing:
-            used = tuple(map(str, backend.attempts))
-            return backend, Selection(
-                chosen=kind.name, guarantees=backend.guarantees, rejected=rejected, userfaultfd=used
-            )
-        hint = (
-            "CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1" if missing & Guarantee.KERNEL_WRITES else "require less"
-        )
-        backend.close()
-        short = UnsupportedError.make(EOPNOTSUPP, kind.name, f"does not guarantee {missing.name}", hint=hint)
-        failures.append(short)
-        rejected[kind.name] = f"does not guarantee {missing.name} (hint: {hint})"
-    if len(failures) == 1:
-        raise failures[0]
-    denied = next((failure for failure in failures if isinstance(failure, AccessError)), None)
-    first = denied or failures[0]
-    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in rejected.items())
-    raise type(first).make(
-        first.errno or EOPNOTSUPP, "DirtyTracker", f"no backend works here: {reasons}", hint=first.hint
-    )
 
 
 _open_backends: weakref.WeakSet[Backend] = weakref.WeakSet()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
             """How numpy says where its memory lies."""
             ...
 
+
 _PAGE_SIZE = os.sysconf("SC_PAGESIZE")
 PAGE_SHIFT = _PAGE_SIZE.bit_length() - 1
 USER_END = 1 << 63

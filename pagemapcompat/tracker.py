@@ -8,15 +8,17 @@ import weakref
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
 
 from pagemapcompat.abi import Guarantee
-from pagemapcompat.backends import Attached, Backend, BackendStatistics, Selection, open_backend
 from pagemapcompat.errors import AlignmentError, ClosedError, InvalidArgumentError
 from pagemapcompat.memory import AddressRange, Memory, PinnedMemory, pin
 from pagemapcompat.pagemap import ScanResult, check_max_pages
 from pagemapcompat.probe import probe
 from pagemapcompat.registrations import Claim, claim, release
+from pagemapcompat.selection import Selection, open_backend
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from pagemapcompat.backends import Attached, Backend, BackendStatistics
 
 OnUntracked = Literal["raise", "rearm"]
 

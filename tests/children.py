@@ -1,4 +1,4 @@
-"""What the tests of promises 1 and 3 share: forked children with a time limit, and memory mirrored by what is collected."""
+"""Forked children with a time limit, threads that are joined, and memory mirrored by what is collected."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ class Mirror:
         result = self.ram.collect()
         assert result.complete
         self.merge(result)
-        differ = [at // PAGE for at in range(0, len(self.copy), PAGE) if self.copy[at : at + PAGE] != self.memory[at : at + PAGE]]
+        pages = [slice(at, at + PAGE) for at in range(0, len(self.copy), PAGE)]
+        differ = [one.start // PAGE for one in pages if self.copy[one] != self.memory[one]]
         assert differ == [], f"lost pages {differ}"
 
 

@@ -90,7 +90,9 @@ WAYS = (collect_whole, collect_limited, collect_parts, collect_by_two)
 
 @pytest.mark.parametrize("kind", ["private", "shared"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_a_mirror_of_collected_pages_equals_the_memory(flavour: Flavour, kind: str, way: Callable[[Mirror], None]) -> None:
+def test_a_mirror_of_collected_pages_equals_the_memory(
+    flavour: Flavour, kind: str, way: Callable[[Mirror], None]
+) -> None:
     """Whatever writers with and without the GIL, a storm of mprotect and discards and other collectors do meanwhile."""
     memory = memory_of(kind, PAGES, flavour)
 
@@ -318,7 +320,7 @@ def test_memory_unmapped_or_barred_under_its_writer(flavour: Flavour, area) -> N
                     try:
                         os.readv(zero, [view])
                     except OSError as error:
-                        assert error.errno == 14, error  # noqa: PT017
+                        assert error.errno == 14, error
 
             writers.add(read)
             writers.add(read)
@@ -365,7 +367,7 @@ def raise_inside(call: Callable[..., object]) -> Callable[[int, FrameType | None
 
 @pytest.mark.parametrize("limit", [None, 50])
 def test_interrupts_lose_no_page(flavour: Flavour, limit: int | None) -> None:
-    """A storm of signals whose handler raises inside of collect: what an interrupted one took comes with a later one."""
+    """A storm of signals whose handler raises inside of collect: what an interrupted one took comes with the next."""
 
     def check() -> None:
         sys.setswitchinterval(1e-5)
@@ -408,8 +410,11 @@ def test_interrupts_lose_no_page(flavour: Flavour, limit: int | None) -> None:
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt inside *call* where CPython looks for signals: at the *step*-th entry of a function or return
-    from C, and with *twice* once more, at the next entry, while the first one is being handled."""
+    """Raises KeyboardInterrupt inside *call* where CPython looks for signals.
+
+    At the *step*-th entry of a function or return from C, and with *twice* once more, at the next entry, while the first
+    one is being handled.
+    """
 
     def __init__(self, call: Callable[..., object], step: int, twice: bool) -> None:
         self.code = call.__code__  # type: ignore[attr-defined]
@@ -613,7 +618,7 @@ def test_owed_pages_are_watched_while_owed(tracker) -> None:  # type: ignore[no-
     assert pages_of(ram.collect()) == set()
 
 
-# ---- Memory that holds Python's own objects -----------------------------------------------------------------------
+# ---- Memory that holds Python's own objects ---------------------------------------------------------------------
 
 
 def test_memory_of_numpy_arrays(flavour: Flavour) -> None:

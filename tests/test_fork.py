@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from children import PAGE, Crew, Mirror, Raw, in_child
@@ -243,6 +244,10 @@ def test_a_grandchild_is_a_child(flavour: Flavour) -> None:
     in_child(check)
 
 
+_inherited: list[Any] = []
+"""What a worker finds of its parent's: a tracker and a range."""
+
+
 def _in_worker(queue) -> None:  # type: ignore[no-untyped-def]
     tracker, ram = _inherited
     answers = []
@@ -256,20 +261,16 @@ def _in_worker(queue) -> None:  # type: ignore[no-untyped-def]
     queue.put(answers)
 
 
-_inherited: tuple[DirtyTracker, TrackedRange]
-
-
 def test_multiprocessing_while_others_collect(flavour: Flavour) -> None:
     """Start method fork, in the midst of collects, resets, tracks and faults of other threads: children end well."""
     memory, other = private(128), private(16)
 
     def check() -> None:
-        global _inherited  # noqa: PLW0603
         sys.setswitchinterval(1e-5)
         context = multiprocessing.get_context("fork")
         with flavour.tracker() as tracker:
             ram = tracker.track(memory)
-            _inherited = (tracker, ram)
+            _inherited[:] = [tracker, ram]
             crew, stop = Crew(), threading.Event()
 
             def collect() -> None:

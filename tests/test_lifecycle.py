@@ -1,4 +1,4 @@
-"""What is opened is closed, whoever forgets it, and in any order; the interpreter ends normally around open trackers."""
+"""What is opened is closed, whoever forgets it, in any order; the interpreter ends normally around open trackers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_an_opening_that_fails_leaves_nothing_behind(flavour: Flavour) -> None:
     """At whatever descriptor the limit strikes."""
 
     def check() -> None:
-        import resource  # noqa: PLC0415
+        import resource
 
         once(flavour, private(8))
         gc.collect()
@@ -275,7 +275,7 @@ EXITS = {
 
 @pytest.mark.parametrize("how", EXITS)
 def test_the_interpreter_ends_around_an_open_tracker(how: str) -> None:
-    """With writers running, with and without the GIL, and a collector, on either backend: normally, with nothing printed."""
+    """With writers running, with and without the GIL, and a collector, on either backend: normally and quietly."""
     code = f"""
 import mmap, os, signal, sys, threading, warnings
 from conftest import FLAVOURS, PAGE, KernelError, libc, private

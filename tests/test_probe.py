@@ -183,10 +183,10 @@ def test_a_forked_child_asks_again() -> None:
 def test_leaves_no_trace() -> None:
     """No descriptor, no thread, and after twenty rounds no more mappings than after one."""
 
-    def state() -> tuple[list[str], list[str], int]:
+    def state() -> tuple[list[str], set[str], int]:
         with open("/proc/self/maps", encoding="utf-8") as maps:
             mappings = len(maps.readlines())
-        return sorted(os.listdir("/proc/self/fd")), sorted(os.listdir("/proc/self/task")), mappings
+        return sorted(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task")), mappings
 
     probe(refresh=True)
     gc.collect()  # what earlier tests left to it would go meanwhile
@@ -194,7 +194,8 @@ def test_leaves_no_trace() -> None:
     for _ in range(20):
         probe(refresh=True)
     after = state()
-    assert after[:2] == before[:2]
+    assert after[0] == before[0]
+    assert after[1] <= before[1]  # threads of earlier tests may still be ending
     assert after[2] <= before[2] + 2  # the allocator's own, now and then
 
 
@@ -340,7 +341,7 @@ refuse(number, error)
 after = states()
 state = "denied" if error == errno.EPERM else "no"
 assert after["uffd-syscall"] == after["uffd-user-mode-only"] == (state, error), after
-descriptors, threads = sorted(os.listdir("/proc/self/fd")), sorted(os.listdir("/proc/self/task"))
+descriptors, threads = sorted(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task"))
 if not device:
     assert after["uffd-wp"][0] == "unknown", after
     assert "seccomp" in probe()[Feature.UFFD_WP].hint
@@ -357,7 +358,7 @@ if not device:
         else:
             raise AssertionError(name)
         assert sorted(os.listdir("/proc/self/fd")) == descriptors
-        assert sorted(os.listdir("/proc/self/task")) == threads
+        assert set(os.listdir("/proc/self/task")) <= threads
 print("done")
 """,
         userfaultfd_number(),

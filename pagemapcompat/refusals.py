@@ -1,0 +1,72 @@
+"""Why the kernel refused memory with EINVAL, which says nothing of itself."""
+
+from __future__ import annotations
+
+from errno import EINVAL
+from typing import NoReturn
+
+from pagemapcompat.errors import AlignmentError, NotTrackableError
+from pagemapcompat.memory import AddressRange, page_size
+
+
+def _mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
+    """(range, permissions, path) of every mapping that touches *memory*."""
+    found = []
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            addresses, permissions, _, _, _, *path = line.rstrip("\n").split(None, 5)
+            start, end = (int(part, 16) for part in addresses.split("-"))
+            if start < memory.end and memory.start < end:
+                found.append((AddressRange(start, end), permissions, path[0] if path else ""))
+    return found
+
+
+def raise_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn:
+    """Look at the mappings in *memory*, and raise what fits the first that *backend* cannot have."""
+    mappings = _mappings(memory)
+    if not mappings:
+        raise NotTrackableError.make(
+            EINVAL, operation, f"nothing is mapped in {memory}", range=memory, hint="map it first, if only as PROT_NONE"
+        )
+    for mapping, permissions, path in mappings:
+        huge = _huge_page_size(mapping)
+        if huge > page_size() and (memory.start % huge or memory.end % huge):
+            error = AlignmentError(f"{memory} begins or ends inside a huge page of {mapping} ({huge} bytes)")
+            error.address, error.length = memory.start, memory.length
+            raise error.with_hint(f"in hugetlb memory track multiples of {huge} bytes")
+        shared = permissions[3] == "s"
+        if shared or path.startswith("/"):
+            in_memory = path.startswith(("/dev/zero", "/memfd:", "/dev/shm/", "/SYSV", "/anon_hugepage"))  # noqa: S108
+            hint = (
+                "shared and hugetlb memory is tracked since Linux 5.19; until then "
+                "flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS (plain mmap.mmap(-1, length) is shared)"
+                if in_memory
+                else f"{backend} does not track files; backend pagemap-scan does (Linux 6.7)"
+            )
+            raise NotTrackableError.make(
+                EINVAL,
+                operation,
+                f"the kernel refuses the {'shared' if shared else 'private'} mapping {path} at {mapping}",
+                range=mapping,
+                hint=hint,
+            )
+    raise NotTrackableError.make(
+        EINVAL,
+        operation,
+        f"the kernel refuses {memory}",
+        range=memory,
+        hint="special mappings ([vvar], device memory, MAP_DROPPABLE) cannot be tracked",
+    )
+
+
+def _huge_page_size(mapping: AddressRange) -> int:
+    """KernelPageSize of a mapping, in bytes, as /proc/self/smaps has it."""
+    inside = False
+    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
+        for line in smaps:
+            word = line.split(None, 1)[0]
+            if "-" in word and not word.endswith(":"):
+                inside = word == f"{mapping.start:08x}-{mapping.end:08x}"
+            elif inside and word == "KernelPageSize:":
+                return int(line.split()[1]) << 10
+    return page_size()
