@@ -6,7 +6,7 @@ what it asked for. cffi releases the GIL around every call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NewType
+from typing import TYPE_CHECKING, Any
 
 from pagemapcompat._native import ffi, lib
 
@@ -17,8 +17,40 @@ if TYPE_CHECKING:
 
     from pagemapcompat.abi import UffdFeature
 
-TrackerHandle = NewType("TrackerHandle", object)
-RangeHandle = NewType("RangeHandle", object)
+
+_NULL = ffi.NULL
+
+
+class _Handle:
+    """Owns a struct of the C core. Once finalized it is closed for whoever still has it, as in a reference cycle."""
+
+    __slots__ = ("c",)
+
+    def __init__(self, c: object) -> None:
+        self.c = c
+
+    def __del__(self) -> None:
+        c, self.c = self.c, _NULL
+        self._destroy(c)
+
+    @staticmethod
+    def _destroy(c: object) -> None:
+        raise NotImplementedError
+
+
+class TrackerHandle(_Handle):
+    """Owns a `struct pmc_tracker`."""
+
+    __slots__ = ()
+    _destroy = staticmethod(lib.pmc_tracker_destroy)
+
+
+class RangeHandle(_Handle):
+    """Owns a `struct pmc_range`."""
+
+    __slots__ = ()
+    _destroy = staticmethod(lib.pmc_range_destroy)
+
 
 ECLOSED: int = lib.PMC_ECLOSED
 EFORKED: int = lib.PMC_EFORKED
@@ -56,6 +88,7 @@ MADV_GUARD_INSTALL: int = lib.PMC_MADV_GUARD_INSTALL
 _pmc_scan = lib.pmc_scan
 _new_result = ffi.new_allocator(should_clear_after_alloc=True)
 _RESULT = ffi.typeof("struct pmc_result *")
+_REGION_SIZE = ffi.sizeof("struct page_region")
 
 
 def compiled(name: str) -> int:
@@ -67,17 +100,22 @@ def compiled(name: str) -> int:
 
 
 class Pin:
-    """Holds a buffer where it is: an mmap cannot be closed nor a bytearray resized until `release`."""
+    """Holds a buffer where it is: an mmap cannot be closed nor a bytearray resized until `release`.
 
-    __slots__ = ("_held", "address")
+    Takes over *view*, so that the owner of the memory may release views of its own.
+    """
+
+    __slots__ = ("_held", "_view", "address")
 
     def __init__(self, view: memoryview) -> None:
+        self._view = view
         self._held = ffi.from_buffer("char[]", view)
         self.address = int(ffi.cast("uintptr_t", self._held))
 
     def release(self) -> None:
         """Let go. Idempotent."""
         ffi.release(self._held)
+        self._view.release()
 
 
 # -- Results ---------------------------------------------------------------------------------------------------
@@ -86,37 +124,29 @@ class Pin:
 class Result:
     """A `struct pmc_result`: what C fills, and the owner of its regions."""
 
-    __slots__ = ("_regions", "c")
+    __slots__ = ("c",)
 
     def __init__(self) -> None:
-        self.c: Any = _new_result(_RESULT)
-        self._regions: Any = None
+        self.c: Any = ffi.gc(_new_result(_RESULT), lib.pmc_result_release)
 
     @classmethod
-    def restore(cls, words: bytes, pages: int, walk_end: int) -> Result:
+    def restore(cls, words: bytes, walk_end: int) -> Result:
         """The result that had these words: what unpickling needs."""
         result = cls()
-        count = len(words) // ffi.sizeof("struct page_region")
-        result._regions = ffi.new("struct page_region[]", count)
-        ffi.memmove(result._regions, words, len(words))
-        result.c.regions = result._regions
-        result.c.count = result.c.capacity = count
-        result.c.pages, result.c.walk_end = pages, walk_end
+        regions = ffi.from_buffer("struct page_region[]", words)
+        if lib.pmc_result_fill(result.c, regions, len(regions)):
+            raise MemoryError
+        result.c.walk_end = walk_end
         return result
-
-    def own(self) -> None:
-        """Take over the regions, so that views of them outlive this object and they are freed with the last."""
-        regions = self.c.regions
-        if regions and self._regions is None:
-            self._regions = ffi.gc(regions, lib.pmc_regions_free, self.c.capacity * ffi.sizeof("struct page_region"))
 
     def words(self) -> memoryview:
         """start, end and categories of every region in turn, as read-only 64-bit words. Copies nothing."""
-        count = self.c.count
-        if not count:
+        c = self.c
+        if not c.count:
             return memoryview(b"").cast("Q")
-        view = memoryview(ffi.buffer(self._regions, count * ffi.sizeof("struct page_region")))
-        return view.cast("Q").toreadonly()
+        # A buffer keeps the pointer alive that it was made from, and this one keeps what owns the memory.
+        regions = ffi.gc(c.regions, lambda _: c)
+        return memoryview(ffi.buffer(regions, c.count * _REGION_SIZE)).cast("Q").toreadonly()
 
 
 def fill_bitmap(result: Result, base: int, page_shift: int, out: Buffer) -> None:
@@ -213,7 +243,6 @@ def query(
     arg.category_inverted, arg.category_mask, arg.category_anyof_mask, arg.return_mask = masks
     known = ffi.new("struct page_region[]", [(a, b, 0) for a, b in registered])
     rc = int(lib.pmc_query(pagemap, maps, arg, known, len(registered), drop_empty, result.c))
-    result.own()
     return rc, result
 
 
@@ -225,28 +254,28 @@ def tracker_create(uffd: int, pagemap: int, abilities: int) -> tuple[int, Tracke
     config = ffi.new("struct pmc_config *", {"uffd": uffd, "pagemap": pagemap, "abilities": abilities})
     out = ffi.new("struct pmc_tracker **")
     rc = int(lib.pmc_tracker_create(out, config))
-    return rc, None if rc else TrackerHandle(ffi.gc(out[0], lib.pmc_tracker_destroy))
+    return rc, None if rc else TrackerHandle(out[0])
 
 
 def tracker_close(tracker: TrackerHandle) -> int:
     """Unregister everything, end the fault thread, close the descriptors. In a forked child: only the last."""
-    return int(lib.pmc_tracker_close(tracker))
+    return int(lib.pmc_tracker_close(tracker.c))
 
 
 def tracker_state(tracker: TrackerHandle) -> int:
     """0, or the error that a call would get now."""
-    return int(lib.pmc_tracker_state(tracker))
+    return int(lib.pmc_tracker_state(tracker.c))
 
 
 def tracker_fault_errno(tracker: TrackerHandle) -> int:
     """Why the fault thread ended."""
-    return int(lib.pmc_tracker_fault_errno(tracker))
+    return int(lib.pmc_tracker_fault_errno(tracker.c))
 
 
 def tracker_statistics(tracker: TrackerHandle) -> tuple[int, dict[str, int]]:
     """Counters by name."""
     out = ffi.new("struct pmc_statistics *")
-    rc = int(lib.pmc_tracker_statistics(tracker, out))
+    rc = int(lib.pmc_tracker_statistics(tracker.c, out))
     names = [name for name, _ in ffi.typeof("struct pmc_statistics").fields or ()]
     return rc, {name: int(getattr(out, name)) for name in names}
 
@@ -255,56 +284,54 @@ def range_create(tracker: TrackerHandle, start: int, end: int) -> tuple[int, Ran
     """Register and protect."""
     result = Result()
     out = ffi.new("struct pmc_range **")
-    rc = int(lib.pmc_range_create(out, tracker, start, end, result.c))
-    return rc, None if rc else RangeHandle(ffi.gc(out[0], lib.pmc_range_destroy)), result
+    rc = int(lib.pmc_range_create(out, tracker.c, start, end, result.c))
+    return rc, None if rc else RangeHandle(out[0]), result
 
 
 def range_close(handle: RangeHandle) -> int:
     """Unregister. Idempotent."""
-    return int(lib.pmc_range_close(handle))
+    return int(lib.pmc_range_close(handle.c))
 
 
 def range_kinds(handle: RangeHandle) -> int:
     """The kinds of memory in it, KIND_* bits."""
-    return int(lib.pmc_range_kinds(handle))
+    return int(lib.pmc_range_kinds(handle.c))
 
 
 def range_granularity(handle: RangeHandle) -> int:
     """The size of its largest page, in bytes."""
-    return int(lib.pmc_range_granularity(handle))
+    return int(lib.pmc_range_granularity(handle.c))
 
 
 def range_exact(handle: RangeHandle) -> bool:
     """Whether reads can never be taken for writes in it."""
-    return bool(lib.pmc_range_exact(handle))
+    return bool(lib.pmc_range_exact(handle.c))
 
 
 def scan(handle: RangeHandle, start: int, end: int, max_pages: int, flags: int, result: Result) -> int:
     """Peek, or with ENGAGE collect, into *result*."""
-    rc: int = _pmc_scan(handle, start, end, max_pages, flags, result.c)
-    result.own()
+    rc: int = _pmc_scan(handle.c, start, end, max_pages, flags, result.c)
     return rc
 
 
 def reset(handle: RangeHandle, start: int, end: int, flags: int, result: Result) -> int:
     """Protect, whatever was written."""
-    return int(lib.pmc_reset(handle, start, end, flags, result.c))
+    return int(lib.pmc_reset(handle.c, start, end, flags, result.c))
 
 
 def unprotect(handle: RangeHandle, start: int, end: int, result: Result) -> int:
     """Un-protect; counts as written once."""
-    return int(lib.pmc_unprotect(handle, start, end, result.c))
+    return int(lib.pmc_unprotect(handle.c, start, end, result.c))
 
 
 def rearm(handle: RangeHandle, start: int, end: int, result: Result) -> int:
     """Register and protect what has lost its registration."""
-    return int(lib.pmc_rearm(handle, start, end, result.c))
+    return int(lib.pmc_rearm(handle.c, start, end, result.c))
 
 
 def owe(handle: RangeHandle, result: Result) -> int:
     """Give the pages of a result that reached nobody back."""
-    result.own()  # an interrupt may have come before `scan` did
-    return int(lib.pmc_owe(handle, result.c))
+    return int(lib.pmc_owe(handle.c, result.c))
 
 
 def operation(result: Result) -> str:

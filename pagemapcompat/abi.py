@@ -77,7 +77,7 @@ class Feature(Enum):
     """/dev/userfaultfd, likewise."""
     UFFD_USER_MODE_ONLY = "uffd-user-mode-only"
     """userfaultfd(2) for faults in user mode alone."""
-    UFFD_WP = "uffd-wp"
+    UFFD_WP = "uffd-wp-anonymous"
     """Private anonymous memory can be write-protected."""
     UFFD_WP_HUGETLBFS_SHMEM = "uffd-wp-hugetlbfs-shmem"
     """Shared and hugetlb memory can."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from errno import EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
+from errno import EACCES, EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -115,6 +115,9 @@ class Backend:
             raise UnsupportedError.make(
                 EOPNOTSUPP, self.name, "PAGEMAPCOMPAT_DISABLE names it", hint="unset PAGEMAPCOMPAT_DISABLE"
             )
+        report.require(Feature.PAGEMAP)
+        if not any(report.supports(way.feature) for way in self.ways):
+            os.close(self._open_uffd()[0])  # fails, and says how each way does
         report.require(*self.needs)
         pagemap = self._open_pagemap()
         try:
@@ -167,16 +170,17 @@ class Backend:
             if fd >= 0:
                 return fd, tuple(attempts)
         tried = "; ".join(map(str, attempts)) or "every way is disabled by PAGEMAPCOMPAT_DISABLE"
-        last = next((a for a in attempts if a.errno == EPERM), attempts[-1] if attempts else None)
-        kind: type[KernelError] = AccessError if last and last.errno == EPERM else UnsupportedError
-        if last and last.errno in (EMFILE, ENFILE, ENOMEM):
+        # The system call is what most people can have; the device is for those who were given it.
+        by_call = [attempt for attempt in attempts if attempt.way is not Way.DEVICE] or attempts
+        worst = next((attempt for attempt in by_call if attempt.errno == EPERM), by_call[0] if by_call else None)
+        number = worst.errno if worst else EOPNOTSUPP
+        kind: type[KernelError] = UnsupportedError
+        if number in (EPERM, EACCES):
+            kind = AccessError
+        elif number in (EMFILE, ENFILE, ENOMEM):
             kind = KernelError
-        raise kind.make(
-            last.errno if last else EOPNOTSUPP,
-            "userfaultfd",
-            f"no userfaultfd can be opened ({tried})",
-            hint=open_hint(last) if last else "unset PAGEMAPCOMPAT_DISABLE",
-        )
+        hint = open_hint(worst) if worst else "unset PAGEMAPCOMPAT_DISABLE"
+        raise kind.make(number, "userfaultfd", f"no userfaultfd can be opened ({tried})", hint=hint)
 
     # -- Ranges -----------------------------------------------------------------------------------------------
 
@@ -343,7 +347,7 @@ class Backend:
     @property
     def is_inherited(self) -> bool:
         """Whether this process was forked from the one that made it."""
-        return _kernel.tracker_state(self._handle) == -_kernel.EFORKED
+        return os.getpid() != self._pid
 
     def statistics(self) -> BackendStatistics:
         """Counters since it was made."""

@@ -111,14 +111,11 @@ class PinnedMemory:
     length: int
     """In bytes, as the owner sees it: less than the range's when an mmap ends inside a page."""
     _pin: _kernel.Pin | None = None
-    _view: memoryview | None = None
 
     def release(self) -> None:
         """Let the buffer go. Idempotent."""
         if self._pin is not None:
             self._pin.release()
-        if self._view is not None:
-            self._view.release()
 
 
 def pin(memory: Memory, *, writable: bool) -> PinnedMemory:
@@ -127,7 +124,7 @@ def pin(memory: Memory, *, writable: bool) -> PinnedMemory:
     Raises:
         AlignmentError: It does not start, or end, on a page boundary. An mmap may end inside its last page.
 
-        InvalidArgumentError: It is empty, negative, or wraps.
+        InvalidArgumentError: It is negative, or wraps.
 
         NotTrackableError: A buffer is read-only (and *writable* is asked for) or not contiguous.
 
@@ -148,16 +145,22 @@ def pin(memory: Memory, *, writable: bool) -> PinnedMemory:
             "(address, length)"
         )
         raise
+    held = None
     try:
-        return _pin_view(view, writable=writable)
+        _check_buffer(view, writable=writable)
+        held = _kernel.Pin(view)
+        given = AddressRange.from_length(held.address, view.nbytes)
+        whole = given.aligned_out() if _ends_its_mapping(view, given) else given
+        return PinnedMemory(_aligned(whole), given.length, held)
     except BaseException:
+        if held is not None:
+            held.release()
         view.release()
         raise
 
 
-def _pin_view(view: memoryview, *, writable: bool) -> PinnedMemory:
-    owner: Any = view.obj
-    name = type(owner).__name__
+def _check_buffer(view: memoryview, *, writable: bool) -> None:
+    name = type(view.obj).__name__
     if not view.c_contiguous:
         raise NotTrackableError.make(
             EINVAL, "track", f"the buffer of {name} is not contiguous", hint="track the array it is a slice of"
@@ -169,27 +172,22 @@ def _pin_view(view: memoryview, *, writable: bool) -> PinnedMemory:
             f"the buffer of {name} is read-only",
             hint="nobody can write it; map it writable to track it",
         )
-    held = _kernel.Pin(view)
+
+
+def _ends_its_mapping(view: memoryview, given: AddressRange) -> bool:
+    """Whether the memory begins on a page and is the end of an mmap, the rest of whose last page is its own."""
+    owner: Any = view.obj
+    if not isinstance(owner, mmap.mmap) or given.start & (_PAGE_SIZE - 1):
+        return False
+    mapped = _kernel.Pin(memoryview(owner))
     try:
-        given = AddressRange.from_length(held.address, view.nbytes)
-        whole = given
-        if given.length & (_PAGE_SIZE - 1) and isinstance(owner, mmap.mmap):
-            with memoryview(owner) as mapped:
-                base = _kernel.Pin(mapped)
-                mapping_end = base.address + mapped.nbytes
-                base.release()
-            if given.end == mapping_end:  # the rest of the page is the mapping's own
-                whole = AddressRange(given.start, given.aligned_out().end)
-        return PinnedMemory(_aligned(whole), given.length, held, view)
-    except BaseException:
-        held.release()
-        raise
+        return given.end == mapped.address + len(owner)
+    finally:
+        mapped.release()
 
 
 def _aligned(given: AddressRange) -> AddressRange:
-    if given.length == 0:
-        raise InvalidArgumentError(f"the memory at {given.start:#x} is empty").with_hint("give at least one page")
-    if not given.is_aligned:
+    if given.length and not given.is_aligned:
         error = AlignmentError(
             f"memory from {given.start:#x} to {given.end:#x} ({given.length} bytes) does not begin and end on page "
             f"boundaries ({_PAGE_SIZE} bytes)"

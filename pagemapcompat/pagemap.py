@@ -67,6 +67,10 @@ class PageRegion:
 
 
 def _mask(value: int) -> PageCategory:
+    if not 0 <= value < 1 << 64:
+        raise InvalidArgumentError(f"{value:#x} is no mask of categories").with_hint(
+            "masks have 64 bits; use PageCategory"
+        )
     return PageCategory(value)
 
 
@@ -204,7 +208,7 @@ class ScanResult(Sequence[PageRegion]):
     def __reduce__(self) -> tuple[Callable[..., ScanResult], tuple[object, ...]]:
         """Pickle as the value it is."""
         words = self.as_u64().tobytes()
-        return _restore, (words, self.pages, self.walk_end, self.range, self._base, self._length)
+        return _restore, (words, self.walk_end, self.range, self._base, self._length)
 
     def __repr__(self) -> str:
         """For people."""
@@ -257,8 +261,8 @@ class ScanResult(Sequence[PageRegion]):
         return self._result.words()
 
 
-def _restore(words: bytes, pages: int, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:
-    return ScanResult(_kernel.Result.restore(words, pages, walk_end), asked, base, length)
+def _restore(words: bytes, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:
+    return ScanResult(_kernel.Result.restore(words, walk_end), asked, base, length)
 
 
 @attrs.frozen
@@ -306,7 +310,7 @@ class Pagemap:
 
     def __init__(self, pid: int | Literal["self"] = "self") -> None:
         self._fd = self._maps = -1
-        if pid != "self" and (isinstance(pid, str) or pid <= 0):
+        if pid != "self" and (isinstance(pid, (str, float, bool)) or pid <= 0):
             raise InvalidArgumentError(f"{pid!r} is not a process id").with_hint('give a positive number, or "self"')
         self._own = pid in ("self", os.getpid())
         self.pid = pid

@@ -39,9 +39,10 @@ class TrackedRange:
     """
 
     def __init__(
-        self, backend: Backend, pinned: PinnedMemory, attached: Attached, claimed: Claim, *, rearm: bool
+        self, tracker: DirtyTracker, pinned: PinnedMemory, attached: Attached, claimed: Claim, *, rearm: bool
     ) -> None:
-        self._backend = backend
+        self._tracker = tracker  # lives as long as there is something to track
+        self._backend: Backend = tracker._backend  # noqa: SLF001 - its friend
         self._pinned = pinned
         self._attached = attached
         self._claim = claimed
@@ -201,9 +202,11 @@ class TrackedRange:
         """Close what was forgotten, and say so."""
         if getattr(self, "_closed", True):
             return
-        if self._backend.is_alive:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        self.close()
+        try:
+            if not self._backend.is_inherited:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        finally:
+            self.close()
 
 
 class DirtyTracker:
@@ -275,10 +278,10 @@ class DirtyTracker:
             raise ClosedError("this DirtyTracker is closed").with_hint("make a new one")
         pinned = pin(memory, writable=True)
         try:
-            claimed = claim(pinned.range, self._is_watching)
+            claimed = self._claim(pinned.range)
             try:
                 attached = self._backend.attach(pinned.range, pinned.length)
-                tracked = TrackedRange(self._backend, pinned, attached, claimed, rearm=self._rearm)
+                tracked = TrackedRange(self, pinned, attached, claimed, rearm=self._rearm)
                 self._ranges.add(tracked)
             except BaseException:
                 release(claimed)
@@ -288,8 +291,12 @@ class DirtyTracker:
             raise
         return tracked
 
-    def _is_watching(self) -> bool:
-        return self._backend.is_alive
+    def _claim(self, memory: AddressRange) -> Claim:
+        if not memory.length:
+            raise InvalidArgumentError(f"the memory at {memory.start:#x} is empty").with_hint("track at least one page")
+        backend = self._backend
+        # Not a method of this object: the book of claims must not keep a forgotten tracker alive.
+        return claim(memory, lambda: backend.is_alive)
 
     def statistics(self) -> BackendStatistics:
         """Counters since the tracker was made."""
@@ -323,6 +330,8 @@ class DirtyTracker:
         """Close what was forgotten, and say so."""
         if getattr(self, "_closed", True):
             return
-        if self._backend.is_alive:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        self.close()
+        try:
+            if not self._backend.is_inherited:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        finally:
+            self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -38,6 +39,7 @@ def in_child(function: Callable[..., object], *arguments: Any, seconds: float = 
         status = 1
         try:
             os.close(output)
+            os.setsid()  # so that whatever it leaves behind can be ended with it
             faulthandler.enable(to_parent)
             function(*arguments)
             status = 0
@@ -71,6 +73,8 @@ def in_child(function: Callable[..., object], *arguments: Any, seconds: float = 
     finally:
         os.close(ended)
         os.close(output)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
     text = said.decode(errors="replace")
     assert not hung, f"the child hung for {seconds} s\n{text}"
@@ -145,7 +149,10 @@ class Crew:
 
 
 class Raw:
-    """Children forked by C, of which Python knows nothing, kept alive until they are let go."""
+    """Children forked by C, of which Python knows nothing, kept alive until they are let go.
+
+    Only for processes with one Python thread: the GIL of such a child may wait for threads that it does not have.
+    """
 
     def __init__(self) -> None:
         self._hold, self._let_go = os.pipe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import subprocess
@@ -170,9 +171,7 @@ class Libc:
             number = self._ctypes.get_errno()
             raise OSError(number, f"{name}: {os.strerror(number)}")
 
-    def mmap(
-        self, length: int, prot: int = 3, flags: int = PRIVATE, fd: int = -1, address: int | None = None
-    ) -> int:
+    def mmap(self, length: int, prot: int = 3, flags: int = PRIVATE, fd: int = -1, address: int | None = None) -> int:
         """The address of a new mapping."""
         at = self._lib.mmap(address, length, prot, flags | (self.MAP_FIXED if address else 0), fd, 0)
         self._check(at == self._ctypes.c_void_p(-1).value, "mmap")
@@ -206,17 +205,24 @@ libc = Libc()
 
 @pytest.fixture
 def area() -> Iterator[Callable[..., AddressRange]]:
-    """Makes raw mappings, and unmaps whatever is there in the end."""
+    """Makes raw mappings where the kernel puts none by itself, and unmaps whatever is there in the end.
+
+    A hole that a test makes must not be filled by the next mmap of somebody else, whom a later MAP_FIXED would hit.
+    """
     made: list[AddressRange] = []
 
     def make(pages: int, prot: int = 3, flags: int = PRIVATE, fd: int = -1) -> AddressRange:
-        at = libc.mmap(pages * PAGE, prot, flags, fd)
-        made.append(AddressRange.from_length(at, pages * PAGE))
+        room = AddressRange.from_length(next(_places), (pages + 1024) * PAGE)
+        start = -(-room.start // (2 << 20)) * (2 << 20)
+        made.append(AddressRange.from_length(libc.mmap(pages * PAGE, prot, flags, fd, start), pages * PAGE))
         return made[-1]
 
     yield make
     for one in made:
         libc.munmap(one.start, one.length)
+
+
+_places = itertools.count(1 << 37, 1 << 33)
 
 
 def run_child(code: str, *arguments: str, env: dict[str, str] | None = None, seconds: float = CHILD_SECONDS) -> str:

@@ -412,7 +412,7 @@ def test_interrupts_lose_no_page(flavour: Flavour, limit: int | None) -> None:
 class Interrupter:
     """Raises KeyboardInterrupt inside *call* where CPython looks for signals.
 
-    At the *step*-th entry of a function or return from C, and with *twice* once more, at the next entry, while the first
+    At the *step*-th function entry or return from C, and with *twice* once more, at the next entry, while the first
     one is being handled.
     """
 
@@ -622,7 +622,7 @@ def test_owed_pages_are_watched_while_owed(tracker) -> None:  # type: ignore[no-
 
 
 def test_memory_of_numpy_arrays(flavour: Flavour) -> None:
-    """An array that lives in tracked memory is written by numpy, with and without the GIL, and its pages are reported."""
+    """An array that lives in tracked memory is written by numpy, with and without the GIL; its pages are reported."""
     numpy = pytest.importorskip("numpy", reason="numpy is not installed; remedy: pip install numpy")
 
     def check() -> None:

@@ -343,7 +343,7 @@ state = "denied" if error == errno.EPERM else "no"
 assert after["uffd-syscall"] == after["uffd-user-mode-only"] == (state, error), after
 descriptors, threads = sorted(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task"))
 if not device:
-    assert after["uffd-wp"][0] == "unknown", after
+    assert after["uffd-wp-anonymous"][0] == "unknown", after
     assert "seccomp" in probe()[Feature.UFFD_WP].hint
     for name in ("auto", "pagemap-scan", "uffd-wp"):
         try:

@@ -11,6 +11,8 @@
 
 static int enter_range(struct pmc_range *range)
 {
+	if (!range)
+		return -PMC_ECLOSED;
 	int rc = pmc_enter(range->tracker);
 	if (rc || range->open)
 		return rc;

@@ -88,9 +88,19 @@ void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, 
 	result->pages += (end - start) >> page_shift;
 }
 
-void pmc_regions_free(struct page_region *regions)
+void pmc_result_release(struct pmc_result *result)
 {
-	free(regions);
+	free(result->regions);
+	*result = (struct pmc_result){ 0 };
+}
+
+int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count)
+{
+	if (pmc_result_reserve(result, count))
+		return -ENOMEM;
+	for (uint64_t i = 0; i < count; i++)
+		pmc_result_append(result, regions[i].start, regions[i].end, regions[i].categories, pmc_page_shift());
+	return 0;
 }
 
 uint64_t pmc_bits_fill(uint64_t *bits, uint64_t from, uint64_t to, bool value)

@@ -2,7 +2,7 @@
 //
 // It knows nothing of Python. Every function returns 0 or more, or a negative error: -errno of the call named
 // in pmc_result.operation, or one of PMC_E*. Nothing is printed, there is no global state, and nothing aborts.
-// Unless its comment says otherwise a function may be called by any thread of the process that created the
+// A tracker or range that is NULL counts as closed. Unless its comment says otherwise a function may be called by any thread of the process that created the
 // object, and may block on the tracker's mutex while another call runs, never on a page fault that needs the caller.
 //
 // This header is read by the C compiler and, without its preprocessor lines, by cffi.
@@ -61,7 +61,7 @@ struct pmc_config {
 
 // An answer. Zero it before first use; regions ascend, are disjoint, and adjacent equal ones are merged.
 struct pmc_result {
-	struct page_region *regions; // malloc'ed; pmc_regions_free() frees them
+	struct page_region *regions; // malloc'ed; pmc_result_release() frees them
 	uint64_t count;
 	uint64_t capacity;
 	uint64_t pages; // in all regions together
@@ -152,7 +152,10 @@ int pmc_owe(struct pmc_range *range, const struct pmc_result *result);
 
 // -- Results ----------------------------------------------------------------------------------------------
 
-void pmc_regions_free(struct page_region *regions);
+// Frees the regions. The struct is the caller's.
+void pmc_result_release(struct pmc_result *result);
+// Appends regions that ascend. 0 or -ENOMEM.
+int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count);
 // Sets bit (page - base) of *bits*, least significant first, for each page of *regions*.
 void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t base, uint32_t page_shift,
 		     unsigned char *bits);

@@ -273,6 +273,8 @@ int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64
 
 int pmc_range_close(struct pmc_range *range)
 {
+	if (!range)
+		return 0;
 	struct pmc_tracker *tracker = range->tracker;
 	if (!atomic_load_explicit(tracker->alive, memory_order_relaxed))
 		return 0;
@@ -284,6 +286,8 @@ int pmc_range_close(struct pmc_range *range)
 
 void pmc_range_destroy(struct pmc_range *range)
 {
+	if (!range)
+		return;
 	struct pmc_tracker *tracker = range->tracker;
 	(void)pmc_range_close(range);
 	range_free(range);

@@ -15,6 +15,8 @@
 
 int pmc_tracker_state(struct pmc_tracker *tracker)
 {
+	if (!tracker)
+		return -PMC_ECLOSED;
 	if (!atomic_load_explicit(tracker->alive, memory_order_relaxed))
 		return -PMC_EFORKED;
 	if (__atomic_load_n(&tracker->closed, __ATOMIC_ACQUIRE))
@@ -24,7 +26,7 @@ int pmc_tracker_state(struct pmc_tracker *tracker)
 
 int pmc_tracker_fault_errno(struct pmc_tracker *tracker)
 {
-	return atomic_load(&tracker->fault_errno);
+	return !tracker ? 0 : atomic_load(&tracker->fault_errno);
 }
 
 // Begins a call: 0 with the mutex held, or the reason why there is none.
@@ -127,6 +129,8 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 
 int pmc_tracker_close(struct pmc_tracker *tracker)
 {
+	if (!tracker)
+		return 0;
 	if (!atomic_load_explicit(tracker->alive, memory_order_relaxed)) {
 		close_descriptors(tracker);
 		return 0;
@@ -148,6 +152,8 @@ int pmc_tracker_close(struct pmc_tracker *tracker)
 
 void pmc_tracker_destroy(struct pmc_tracker *tracker)
 {
+	if (!tracker)
+		return;
 	(void)pmc_tracker_close(tracker);
 	pmc_tracker_put(tracker);
 }
