@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from pagemapcompat.abi import UffdFeature
 
 
-_NULL = ffi.NULL
-
-
 class _Handle:
-    """Owns a struct of the C core. Once finalized it is closed for whoever still has it, as in a reference cycle."""
+    """Owns what C creates into `out`. Once finalized it is closed for whoever still has it, as in a reference cycle."""
 
-    __slots__ = ("c",)
+    __slots__ = ("c", "out")
 
-    def __init__(self, c: object) -> None:
-        self.c = c
+    def __init__(self, kind: str) -> None:
+        self.out: Any = ffi.new(kind)
+        self.c: Any = _NULL
+        """What is in `out`, for calls."""
 
     def __del__(self) -> None:
-        c, self.c = self.c, _NULL
+        c = self.out[0]
+        self.out[0] = self.c = _NULL
         self._destroy(c)
 
     @staticmethod
@@ -50,6 +50,9 @@ class RangeHandle(_Handle):
 
     __slots__ = ()
     _destroy = staticmethod(lib.pmc_range_destroy)
+
+
+_NULL: Any = ffi.NULL
 
 
 ECLOSED: int = lib.PMC_ECLOSED
@@ -252,9 +255,10 @@ def query(
 def tracker_create(uffd: int, pagemap: int, abilities: int) -> tuple[int, TrackerHandle | None]:
     """Start a tracker, which owns both descriptors from now on, on failure too."""
     config = ffi.new("struct pmc_config *", {"uffd": uffd, "pagemap": pagemap, "abilities": abilities})
-    out = ffi.new("struct pmc_tracker **")
-    rc = int(lib.pmc_tracker_create(out, config))
-    return rc, None if rc else TrackerHandle(out[0])
+    handle = TrackerHandle("struct pmc_tracker **")  # before the call, so that an interrupt after it leaks nothing
+    rc = int(lib.pmc_tracker_create(handle.out, config))
+    handle.c = handle.out[0]
+    return rc, None if rc else handle
 
 
 def tracker_close(tracker: TrackerHandle) -> int:
@@ -283,9 +287,10 @@ def tracker_statistics(tracker: TrackerHandle) -> tuple[int, dict[str, int]]:
 def range_create(tracker: TrackerHandle, start: int, end: int) -> tuple[int, RangeHandle | None, Result]:
     """Register and protect."""
     result = Result()
-    out = ffi.new("struct pmc_range **")
-    rc = int(lib.pmc_range_create(out, tracker.c, start, end, result.c))
-    return rc, None if rc else RangeHandle(out[0]), result
+    handle = RangeHandle("struct pmc_range **")
+    rc = int(lib.pmc_range_create(handle.out, tracker.c, start, end, result.c))
+    handle.c = handle.out[0]
+    return rc, None if rc else handle, result
 
 
 def range_close(handle: RangeHandle) -> int:
@@ -329,9 +334,9 @@ def rearm(handle: RangeHandle, start: int, end: int, result: Result) -> int:
     return int(lib.pmc_rearm(handle.c, start, end, result.c))
 
 
-def owe(handle: RangeHandle, result: Result) -> int:
+def owe(result: Result) -> int:
     """Give the pages of a result that reached nobody back."""
-    return int(lib.pmc_owe(handle.c, result.c))
+    return int(lib.pmc_owe(result.c))
 
 
 def operation(result: Result) -> str:

@@ -268,10 +268,14 @@ class Backend:
                 self._fail(-rc, _kernel.operation(result), asked, result)
         except PagemapCompatError as error:
             error.collected = answer
+            result.c.delivered = 1
             raise
         except BaseException:
-            _kernel.owe(on.handle, result)
+            _kernel.owe(result)
             raise
+        # No call lies between this and the caller, so no interrupt does. One that comes earlier, or a second one in the
+        # handler above, leaves the pages undelivered, and freeing the result gives them back.
+        result.c.delivered = 1
         return answer
 
     def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
@@ -294,10 +298,7 @@ class Backend:
         rc = _kernel.rearm(on.handle, asked.start, asked.end, result)
         if not rc:
             return
-        operation = _kernel.operation(result)
-        if operation == "UFFDIO_REGISTER" and result.c.untracked_end:
-            self._refuse(-rc, AddressRange(result.c.untracked_start, result.c.untracked_end), operation)
-        self._fail(-rc, operation, asked, result)
+        self._fail(-rc, _kernel.operation(result), asked, result)
 
     def _fail(self, number: int, operation: str, asked: AddressRange, result: _kernel.Result | None = None) -> NoReturn:
         if number == _kernel.EFORKED:
@@ -321,6 +322,8 @@ class Backend:
                 range=asked,
                 hint="a write fault there could not be answered; track only memory that you allocated",
             )
+        if operation == "UFFDIO_REGISTER" and result is not None and result.c.untracked_end:
+            self._refuse(number, AddressRange(result.c.untracked_start, result.c.untracked_end), operation)
         if number == ENOENT:
             where = asked
             if result is not None and result.c.untracked_end:

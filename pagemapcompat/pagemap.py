@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _REGION = "=QQQ"
 _WORD_SIZE = 8
+_MOST_PAGES = 1 << 47
+"""More than any address space has, and few enough to be counted in bytes."""
 _PFN_BITS = (1 << 55) - 1
 _SWAP_TYPE_BITS = 5
 _categories: dict[int, PageCategory] = {}
@@ -479,4 +481,4 @@ def check_max_pages(max_pages: int | None) -> int:
         raise InvalidArgumentError(f"max_pages={max_pages} asks for no page").with_hint(
             "give at least 1, or None for all"
         )
-    return max_pages
+    return min(max_pages, _MOST_PAGES)

@@ -1,10 +1,12 @@
-"""What this process has registered with its userfaultfds: what AlreadyRegisteredError and WPALLOWED go by."""
+"""What this process has registered: the bookkeeping behind AlreadyRegisteredError and WPALLOWED."""
 
 from __future__ import annotations
 
 import os
 import threading
+import weakref
 from errno import EBUSY
+from itertools import count
 from typing import TYPE_CHECKING
 
 import attrs
@@ -12,33 +14,38 @@ import attrs
 from pagemapcompat.errors import AlreadyRegisteredError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pagemapcompat.memory import AddressRange
 
 
 @attrs.define(eq=False)
 class Claim:
-    """Memory that one tracked range owns."""
+    """Memory that one tracked range owns, for as long as the claim is referred to or until it is released."""
 
     range: AddressRange
-    is_alive: Callable[[], bool]
-    """False once its tracker is closed, or belongs to the process that this one was forked from."""
+    number: int
+    pid: int
+    """Of the process that made it: a forked child owns nothing of its parent's."""
 
 
-_claims: list[Claim] = []
-_lock = threading.RLock()  # a finalizer may release a claim while its own thread makes another
+_claims: weakref.WeakValueDictionary[int, Claim] = weakref.WeakValueDictionary()
+_numbers = count()
+_lock = threading.RLock()
 
 
-def claim(wanted: AddressRange, is_alive: Callable[[], bool]) -> Claim:
+def _held() -> list[Claim]:
+    # A copy of the references first: a finalizer may release a claim at any point of a loop.
+    claims = [reference() for reference in _claims.valuerefs()]
+    return [held for held in claims if held is not None and held.pid == os.getpid()]
+
+
+def claim(wanted: AddressRange) -> Claim:
     """Reserve *wanted*, before any system call.
 
     Raises:
         AlreadyRegisteredError: Part of it is claimed already (EBUSY).
     """
     with _lock:
-        _claims[:] = [held for held in _claims if held.is_alive()]
-        for held in _claims:
+        for held in _held():
             if held.range.start < wanted.end and wanted.start < held.range.end:
                 raise AlreadyRegisteredError.make(
                     EBUSY,
@@ -47,25 +54,23 @@ def claim(wanted: AddressRange, is_alive: Callable[[], bool]) -> Claim:
                     range=held.range,
                     hint="a page has one tracker; close the other TrackedRange, or use it",
                 )
-        made = Claim(wanted, is_alive)
-        _claims.append(made)
+        made = Claim(wanted, next(_numbers), os.getpid())
+        _claims[made.number] = made
         return made
 
 
 def release(held: Claim) -> None:
     """Give a claim back. Idempotent."""
-    with _lock:
-        _claims[:] = [other for other in _claims if other is not held]
+    _claims.pop(held.number, None)
 
 
 def registered() -> list[tuple[int, int]]:
     """(start, end) of everything claimed, ascending."""
-    with _lock:
-        return sorted((held.range.start, held.range.end) for held in _claims if held.is_alive())
+    return sorted((held.range.start, held.range.end) for held in _held())
 
 
 def _renew_lock() -> None:
-    global _lock  # noqa: PLW0603
+    global _lock  # noqa: PLW0603 - replaced, never shared with the parent
     _lock = threading.RLock()  # its holder, if it had one, does not exist in this process
 
 

@@ -159,18 +159,18 @@ class TrackedRange:
                 raise InvalidArgumentError(f"{name}={value} lies outside of the {length} tracked bytes").with_hint(
                     "offsets count from the start of the tracked memory; negative ones have no meaning"
                 )
-            if value % self.granularity and value != length:
+            if (whole.start + value) % self.granularity and value not in (0, length):
                 error = AlignmentError(f"{name}={value} is not a multiple of {self.granularity} bytes")
                 error.address, error.length = whole.start + value, last - first
-                down = value - value % self.granularity
+                down = value - (whole.start + value) % self.granularity
                 raise error.with_hint(f"use {down} or {down + self.granularity}")
         if last < first:
             raise InvalidArgumentError(f"stop={last} lies before start={first}").with_hint(
                 "stop is exclusive, not a length"
             )
-        if last == length:
-            last = whole.length
-        return AddressRange(whole.start + min(first, last), whole.start + last)
+        # Where the memory ends inside its last page, so does the last offset.
+        first, last = (whole.length if value == length else value for value in (first, last))
+        return AddressRange(whole.start + first, whole.start + last)
 
     # -- Life -------------------------------------------------------------------------------------------------
 
@@ -184,9 +184,9 @@ class TrackedRange:
             self._let_go()
 
     def _let_go(self) -> None:
-        self._closed = True
         release(self._claim)
         self._pinned.release()
+        self._closed = True
 
     def __enter__(self) -> Self:
         """Return the object itself."""
@@ -242,7 +242,7 @@ class DirtyTracker:
                 'use "raise" or "rearm"'
             )
         self._rearm = on_untracked == "rearm"
-        self._ranges: weakref.WeakSet[TrackedRange] = weakref.WeakSet()
+        self._ranges: weakref.WeakValueDictionary[int, TrackedRange] = weakref.WeakValueDictionary()
         self.selection: Selection
         self._backend, self.selection = open_backend(backend, require, probe())
         self._closed = False
@@ -282,7 +282,7 @@ class DirtyTracker:
             try:
                 attached = self._backend.attach(pinned.range, pinned.length)
                 tracked = TrackedRange(self, pinned, attached, claimed, rearm=self._rearm)
-                self._ranges.add(tracked)
+                self._ranges[id(tracked)] = tracked
             except BaseException:
                 release(claimed)
                 raise
@@ -294,9 +294,7 @@ class DirtyTracker:
     def _claim(self, memory: AddressRange) -> Claim:
         if not memory.length:
             raise InvalidArgumentError(f"the memory at {memory.start:#x} is empty").with_hint("track at least one page")
-        backend = self._backend
-        # Not a method of this object: the book of claims must not keep a forgotten tracker alive.
-        return claim(memory, lambda: backend.is_alive)
+        return claim(memory)
 
     def statistics(self) -> BackendStatistics:
         """Counters since the tracker was made."""
@@ -309,12 +307,13 @@ class DirtyTracker:
         """
         if self._closed:
             return
-        self._closed = True
         try:
             self._backend.close()
         finally:
-            for tracked in list(self._ranges):
-                tracked._let_go()  # noqa: SLF001 - its friend
+            for reference in self._ranges.valuerefs():
+                if tracked := reference():
+                    tracked._let_go()  # noqa: SLF001 - its friend
+            self._closed = True
 
     def __enter__(self) -> Self:
         """Return the object itself."""

@@ -40,6 +40,7 @@ def in_child(function: Callable[..., object], *arguments: Any, seconds: float = 
         try:
             os.close(output)
             os.setsid()  # so that whatever it leaves behind can be ended with it
+            plain.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an aborted test run leaves nothing running
             faulthandler.enable(to_parent)
             function(*arguments)
             status = 0

@@ -60,7 +60,7 @@ _BEFORE_6_11 = ("procmap-query",)
 _BEFORE_6_4 = (*_BEFORE_6_11, "uffd-wp-multi-vma", "uffd-wp-unpopulated")
 FLAVOURS = (
     Flavour("pagemap-scan", "pagemap-scan"),
-    Flavour("pagemap-scan-as-6.7", "pagemap-scan", (*_BEFORE_6_11, "pagemap-scan-holes")),
+    Flavour("pagemap-scan-as-6.7", "pagemap-scan", (*_BEFORE_6_11, "pagemap-scan-holes", "uffd-wp-remap-clears")),
     Flavour("uffd-wp", "uffd-wp"),
     Flavour("uffd-wp-as-6.5", "uffd-wp", (*_BEFORE_6_11, "uffd-wp-remap-clears")),
     Flavour("uffd-wp-as-6.1", "uffd-wp", _BEFORE_6_4),
@@ -226,7 +226,7 @@ _places = itertools.count(1 << 37, 1 << 33)
 
 
 def run_child(code: str, *arguments: str, env: dict[str, str] | None = None, seconds: float = CHILD_SECONDS) -> str:
-    """Run Python code that could hang in a process of its own. Returns what it printed; fails when it fails or hangs."""
+    """Run Python code that could hang in a process of its own. Returns what it printed; fails if it fails or hangs."""
     program = textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-W", "error", "-c", program, *arguments],

@@ -171,7 +171,7 @@ def test_random_rounds_agree_with_a_model(tracker: DirtyTracker) -> None:
 
 
 def test_the_threads_own_scenario(flavour: Flavour, area) -> None:  # noqa: F811
-    """16 PROT_NONE pages, half of them made read-write: protecting all 16 succeeds, and so on with guard pages and holes."""
+    """16 PROT_NONE pages, half of them made read-write: protecting all 16 succeeds; so with guard pages and holes."""
     memory = area(16, libc.PROT_NONE)
     with flavour.tracker() as tracker:
         ram = tracker.track(memory)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from children import Crew, Mirror, Raw, in_child
+from children import Crew, Mirror, in_child
 from conftest import FLAVOURS, PAGE, Flavour, lacking, libc, pages_of, private, write
 
 from pagemapcompat import ClosedError, DirtyTracker, FaultThreadError, KernelError
@@ -162,47 +162,6 @@ def test_after_the_fault_thread_every_call_fails(uffd_wp: Flavour) -> None:
         tracker.close()
         with pytest.raises(ClosedError):
             ram.collect()
-
-    in_child(check)
-
-
-def test_closing_when_the_stop_event_is_lost(uffd_wp: Flavour) -> None:
-    """Somebody closed the eventfd that stops the thread: close still returns, and writers go on."""
-    memory = private(8)
-
-    def check() -> None:
-        before = descriptors("anon_inode:[eventfd]")
-        tracker = uffd_wp.tracker()
-        tracker.track(memory)
-        (stop,) = descriptors("anon_inode:[eventfd]") - before
-        os.close(stop)
-        write(memory, 1)
-        tracker.close()
-        write(memory, *range(8))
-
-    in_child(check)
-
-
-def test_losing_the_descriptor_beside_a_child_that_holds_it(uffd_wp: Flavour) -> None:
-    """The hardest case: a forked child keeps the userfaultfd alive, so losing it wakes nobody by itself."""
-    memory = private(64)
-
-    def check() -> None:
-        before = descriptors("anon_inode:[userfaultfd]")
-        tracker = uffd_wp.tracker()
-        ram = tracker.track(memory)
-        (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
-        children = Raw()
-        children.fork()
-        kept = os.dup(uffd)  # what can still be done about it is done with a copy, here the test's
-        os.close(uffd)
-        os.dup2(kept, uffd)
-        os.close(kept)
-        write(memory, *range(64))
-        assert pages_of(ram.collect()) == set(range(64))
-        tracker.close()
-        write(memory, *range(64))
-        children.end()
 
     in_child(check)
 

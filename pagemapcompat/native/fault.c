@@ -5,25 +5,26 @@
 // nor anything that a thread holding the GIL may hold: no Python, no malloc, no stdio, no mutex of the tracker. What is left:
 //  - memory: the tracker's own pages, this thread's own stack. None of it can be tracked (pmc_range_create refuses).
 //  - one lock, fault_lock, which others hold only around system calls that touch nothing but the tracker's own pages.
-//  - system calls: poll, read, ioctl.
+//  - system calls: read, ioctl, futex.
 // If one of these fails there is nobody left to wake the writers, so everything is unregistered first, which wakes
 // them and lets their stores through untracked; the next call on the tracker fails loudly.
 //
 // The thread lives from pmc_tracker_create to pmc_tracker_close, with all signals blocked. It does not survive a fork.
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
-#include <poll.h>
 #include <signal.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
 
 #define STACK_SIZE (256 << 10) // glibc puts the thread-local storage of every loaded library there too
 #define MESSAGES 16
+#define STOP_SECONDS 3
 
 void pmc_fair_lock(struct fair_lock *lock)
 {
@@ -79,36 +80,28 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address)
 	return rc;
 }
 
-// Returns 0 when told to stop, -errno when it cannot go on. Blocks in poll.
+// Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it was called
+// with, so a descriptor that somebody closes or replaces under us makes the next ioctl fail, while poll would go to sleep on
+// whatever has the number now, and keep the old file, its registrations and their writers with it (seen on 6.18).
 static int serve(struct pmc_tracker *tracker)
 {
 	struct uffd_msg messages[MESSAGES];
-	struct pollfd polled[] = {
-		{ .fd = tracker->uffd, .events = POLLIN },
-		{ .fd = tracker->stop, .events = POLLIN },
-	};
+
 	for (;;) {
-		if (poll(polled, 2, -1) < 0) {
-			if (errno == EINTR)
-				continue;
-			return -errno;
-		}
-		if (polled[1].revents)
-			return polled[1].revents & POLLIN ? 0 : -EBADF;
-		if (polled[0].revents & (POLLERR | POLLHUP | POLLNVAL))
-			return -EBADF;
 		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
-		if (got < 0) {
-			// EAGAIN: another writer of the same page was woken with the first, and its message is gone.
-			if (errno == EAGAIN || errno == EINTR)
-				continue;
+		if (got < 0 && (errno == EINTR || errno == EAGAIN))
+			continue;
+		if (got < 0)
 			return -errno;
-		}
+		// Nothing but faults was asked for in the handshake, so anything else comes from somebody else's file.
+		if (!got || (size_t)got % sizeof(*messages))
+			return -EBADF;
 		for (size_t i = 0; i < (size_t)got / sizeof(*messages); i++) {
 			if (messages[i].event != UFFD_EVENT_PAGEFAULT)
-				continue;
-			int rc = resolve(tracker, messages[i].arg.pagefault.address);
-			if (rc)
+				return -EBADF;
+			uint64_t address = messages[i].arg.pagefault.address;
+			int rc = resolve(tracker, address);
+			if (rc || align_down(address, page_size_of(tracker)) == (uint64_t)(uintptr_t)tracker->bell)
 				return rc;
 		}
 	}
@@ -125,17 +118,39 @@ static void *fault_thread(void *arg)
 	for (struct pmc_range *range = tracker->ranges; range; range = range->next)
 		pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
 	pmc_fair_unlock(&tracker->fault_lock);
+	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
+	pmc_unregister_all(tracker, &tracker->thread_vmas, bell, bell + page_size_of(tracker));
 	return NULL;
+}
+
+// The bell is a protected page of our own. Writing to it is a fault like any other, so it gets the thread out of its read; and as the
+// thread ends only after it has answered it, whoever rings is never left standing.
+static int hang_bell(struct pmc_tracker *tracker)
+{
+	uint64_t ioctls, size = page_size_of(tracker);
+	tracker->bell = pmc_pages_alloc(size);
+	if (!tracker->bell)
+		return -ENOMEM;
+	*tracker->bell = 0; // an empty page cannot be protected everywhere
+	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
+	int rc = pmc_uffd_register(tracker->uffd, bell, bell + size, &ioctls);
+	return rc ? rc : pmc_uffd_writeprotect(tracker->uffd, bell, bell + size, 1);
 }
 
 int pmc_fault_thread_start(struct pmc_tracker *tracker)
 {
+	int flags = fcntl(tracker->uffd, F_GETFL);
+	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))
+		return -errno;
+	int rc = hang_bell(tracker);
+	if (rc)
+		return rc;
 	tracker->stack_size = STACK_SIZE;
 	tracker->stack = pmc_pages_alloc(STACK_SIZE);
 	if (!tracker->stack)
 		return -ENOMEM;
 	pthread_attr_t attr;
-	int rc = pthread_attr_init(&attr);
+	rc = pthread_attr_init(&attr);
 	if (rc)
 		return -rc;
 	sigset_t all, before;
@@ -161,16 +176,13 @@ void pmc_fault_thread_stop(struct pmc_tracker *tracker)
 	if (!tracker->thread_started)
 		return;
 	tracker->thread_started = false;
-	uint64_t one = 1;
-	ssize_t rc;
-	do
-		rc = write(tracker->stop, &one, sizeof(one));
-	while (rc < 0 && errno == EINTR);
-	if (rc == (ssize_t)sizeof(one)) {
-		pthread_join(tracker->thread, NULL);
+	*(volatile char *)tracker->bell = 1;
+	struct timespec limit;
+	clock_gettime(CLOCK_REALTIME, &limit);
+	limit.tv_sec += STOP_SECONDS;
+	if (!pthread_timedjoin_np(tracker->thread, NULL, &limit))
 		return;
-	}
-	// Somebody closed our descriptor. The thread may sleep for ever; it keeps the memory it stands on.
+	// It reads a file that somebody put in the place of ours, and may do so for ever. It keeps the memory it stands on.
 	atomic_fetch_add(&tracker->references, 1);
 	pthread_detach(tracker->thread);
 }

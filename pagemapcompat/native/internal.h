@@ -134,6 +134,7 @@ struct piece {
 
 struct pmc_range {
 	struct pmc_tracker *tracker;
+	atomic_int references; // its owner's, and one for each result that took pages from it
 	struct pmc_range *next; // in tracker->ranges; under fault_lock
 	uint64_t start;
 	uint64_t end;
@@ -154,7 +155,7 @@ struct pmc_tracker {
 	atomic_int references;
 	int uffd;
 	int pagemap;
-	int stop; // eventfd
+	volatile char *bell; // a page whose fault tells the fault thread to end
 	uint32_t abilities;
 	uint32_t page_shift;
 	bool closed;
@@ -192,6 +193,11 @@ static inline uint64_t page_index(const struct pmc_range *range, uint64_t addres
 	return (address - range->start) >> range->tracker->page_shift;
 }
 
+static inline bool pmc_is_async(const struct pmc_tracker *tracker)
+{
+	return tracker->abilities & PMC_CAN_ASYNC;
+}
+
 static inline const struct piece *pmc_piece_at(const struct pmc_range *range, uint64_t address)
 {
 	const struct piece *piece = range->pieces;
@@ -224,6 +230,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
 		    uint64_t *walk_end);
 // The first stretch of [start, end) that is mapped and not registered. 1: found, 0: none, or -errno.
+int pmc_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);
 int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);
 // Reads *count* pagemap words, one per 1 << unit_shift bytes. 0 or -errno; -ESRCH where the process is gone.
 int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_shift, uint32_t page_shift,
@@ -236,11 +243,6 @@ int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t 
 
 // -- tracker.c ------------------------------------------------------------------------------------------------
 
-static inline bool pmc_is_async(const struct pmc_tracker *tracker)
-{
-	return tracker->abilities & PMC_CAN_ASYNC;
-}
-
 // Begins a call: 0 with the mutex held, or the reason why there is none.
 int pmc_enter(struct pmc_tracker *tracker);
 // Ends it, and returns *rc*.
@@ -251,7 +253,6 @@ void pmc_tracker_put(struct pmc_tracker *tracker);
 // -- range.c; all under the tracker's mutex ---------------------------------------------------------------------
 
 int pmc_engine_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
-int pmc_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);
 // Protects [start, end), whatever its pieces. *walk_end: done up to there.
 int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end);
 // Owes every mapped page of [start, end).
@@ -261,5 +262,7 @@ int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end);
 int pmc_rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, bool owe, uint64_t *stop,
 		   struct pmc_result *result);
 int pmc_range_close_locked(struct pmc_range *range);
+// Drops a reference; the last one frees.
+void pmc_range_put(struct pmc_range *range);
 
 #endif

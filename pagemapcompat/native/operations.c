@@ -5,6 +5,7 @@
 // taken is ever without a place.
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "internal.h"
@@ -18,6 +19,26 @@ static int enter_range(struct pmc_range *range)
 		return rc;
 	pthread_mutex_unlock(&range->tracker->mutex);
 	return -PMC_ECLOSED;
+}
+
+// The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
+static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags, bool owe,
+			struct pmc_result *result)
+{
+	uint64_t stop;
+	struct vma vma;
+	int rc = flags & PMC_REARM ? pmc_rearm_next(range, pos, end, owe, &stop, result) :
+				     pmc_next_untracked(range, pos, end, &result->untracked_start, &result->untracked_end);
+	if (rc < 0)
+		return rc;
+	if (rc)
+		return flags & PMC_REARM ? 0 : -ENOENT;
+	// Registered, but not by us: with another userfaultfd, which protects nothing here.
+	result->untracked_start = pos;
+	result->untracked_end = end;
+	if (pmc_vmas_at(&range->tracker->vmas, pos, &vma) > 0 && vma.start < end)
+		result->untracked_end = min_u64(vma.end, end);
+	return -ENOENT;
 }
 
 // Runs the engine over [start, end) into tracker->regions, which must be zero again before the next run.
@@ -157,15 +178,8 @@ static int scan_locked(struct pmc_range *range, uint64_t start, uint64_t end, ui
 		drain(tracker, rc, result);
 		pos = walk_end;
 check:
-		if (rc == -ENOENT && engage) {
-			uint64_t to;
-			rc = flags & PMC_REARM ? pmc_rearm_next(range, pos, end, true, &to, result) :
-						 pmc_next_untracked(range, pos, end, &result->untracked_start, &to);
-			if (rc > 0 && !(flags & PMC_REARM)) {
-				result->untracked_end = to;
-				rc = -ENOENT;
-			}
-		}
+		if (rc == -ENOENT && engage)
+			rc = untracked_at(range, pos, end, flags, true, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -177,10 +191,16 @@ check:
 int pmc_scan(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result)
 {
+	result->walk_end = start;
 	int rc = enter_range(range);
 	if (rc)
 		return rc;
 	struct pmc_tracker *tracker = range->tracker;
+	max_pages = min_u64(max_pages, (end - start) >> tracker->page_shift);
+	if (flags & PMC_ENGAGE && !result->range) {
+		atomic_fetch_add(&range->references, 1);
+		result->range = range;
+	}
 	rc = scan_locked(range, start, end, max_pages, flags, result);
 	// A fault thread that died meanwhile has let writes through that this scan could not see.
 	if (!rc && atomic_load(&tracker->fault_errno))
@@ -196,17 +216,12 @@ int pmc_reset(struct pmc_range *range, uint64_t start, uint64_t end, uint32_t fl
 	int rc = enter_range(range);
 	if (rc)
 		return rc;
-	uint64_t pos = start, stop;
+	uint64_t pos = start;
 	while (pos < end) {
 		rc = pmc_reset_stretch(range, pos, end, &pos);
 		if (rc != -ENOENT)
 			break;
-		rc = flags & PMC_REARM ? pmc_rearm_next(range, pos, end, false, &stop, result) :
-					 pmc_next_untracked(range, pos, end, &result->untracked_start, &stop);
-		if (rc > 0 && !(flags & PMC_REARM)) {
-			result->untracked_end = stop;
-			rc = -ENOENT;
-		}
+		rc = untracked_at(range, pos, end, flags, false, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -235,13 +250,7 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		rc = rc ? rc : owed;
 	}
 	if (rc == -ENOENT) {
-		result->untracked_start = untracked;
-		result->untracked_end = end;
-		uint64_t from, to;
-		if (pmc_next_untracked(range, untracked, end, &from, &to) > 0) {
-			result->untracked_start = from;
-			result->untracked_end = to;
-		}
+		rc = untracked_at(range, pos, end, 0, false, result);
 		tracker->operation = "UFFDIO_WRITEPROTECT";
 	}
 	result->walk_end = pos;
@@ -260,13 +269,26 @@ int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_
 	return pmc_leave(range->tracker, rc < 0 ? rc : 0, result);
 }
 
-int pmc_owe(struct pmc_range *range, const struct pmc_result *result)
+int pmc_owe(struct pmc_result *result)
 {
+	struct pmc_range *range = result->range;
+	if (!range || result->delivered)
+		return 0;
 	int rc = enter_range(range);
+	result->delivered = 1;
 	if (rc)
 		return rc;
 	for (uint64_t i = 0; i < result->count; i++)
 		range->owed_count += pmc_bits_fill(range->owed, page_index(range, result->regions[i].start),
 						   page_index(range, result->regions[i].end), true);
 	return pmc_leave(range->tracker, 0, NULL);
+}
+
+void pmc_result_release(struct pmc_result *result)
+{
+	(void)pmc_owe(result); // closed, or forked: nobody will ask for them
+	if (result->range)
+		pmc_range_put(result->range);
+	free(result->regions);
+	*result = (struct pmc_result){ 0 };
 }

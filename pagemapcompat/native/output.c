@@ -88,12 +88,6 @@ void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, 
 	result->pages += (end - start) >> page_shift;
 }
 
-void pmc_result_release(struct pmc_result *result)
-{
-	free(result->regions);
-	*result = (struct pmc_result){ 0 };
-}
-
 int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count)
 {
 	if (pmc_result_reserve(result, count))

@@ -69,6 +69,8 @@ struct pmc_result {
 	uint64_t untracked_start; // with -ENOENT: the first stretch that is not registered
 	uint64_t untracked_end;
 	const char *operation; // with -errno: the call that failed; static
+	struct pmc_range *range; // whom the pages were taken from; held until release
+	uint64_t delivered; // set it when somebody has the regions; else release gives the pages back
 };
 
 struct pmc_statistics {
@@ -147,12 +149,12 @@ int pmc_reset(struct pmc_range *range, uint64_t start, uint64_t end, uint32_t fl
 int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
 // Registers and protects what has lost its registration; its pages count as written once.
 int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
-// Gives the pages of a result that reached nobody back: the next scan returns them again.
-int pmc_owe(struct pmc_range *range, const struct pmc_result *result);
+// Gives the pages that *result* took and that reached nobody back: the next scan returns them again. Once; then it is delivered.
+int pmc_owe(struct pmc_result *result);
 
 // -- Results ----------------------------------------------------------------------------------------------
 
-// Frees the regions. The struct is the caller's.
+// Frees the regions, after pmc_owe() unless delivered. The struct is the caller's.
 void pmc_result_release(struct pmc_result *result);
 // Appends regions that ascend. 0 or -ENOMEM.
 int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count);

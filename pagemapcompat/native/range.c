@@ -5,6 +5,9 @@
 
 #include "internal.h"
 
+// How far below its frame a call of this library, and the signal handlers on top of it, may use the caller's stack.
+#define STACK_REACH (128 << 10)
+
 static bool overlaps(uint64_t start, uint64_t end, const void *pages, size_t size)
 {
 	uint64_t from = (uint64_t)(uintptr_t)pages;
@@ -15,7 +18,8 @@ static bool overlaps(uint64_t start, uint64_t end, const void *pages, size_t siz
 static bool is_own_memory(const struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 {
 	if (overlaps(start, end, tracker, sizeof(*tracker)) || overlaps(start, end, tracker->stack, tracker->stack_size) ||
-	    overlaps(start, end, tracker->alive, page_size_of(tracker)))
+	    overlaps(start, end, tracker->alive, page_size_of(tracker)) ||
+	    overlaps(start, end, (const void *)tracker->bell, tracker->bell ? page_size_of(tracker) : 0))
 		return true;
 	for (const struct pmc_range *range = tracker->ranges; range; range = range->next)
 		if (overlaps(start, end, range, sizeof(*range)) ||
@@ -45,83 +49,128 @@ int pmc_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, ui
 
 // ---- Pieces and registration ------------------------------------------------------------------------------
 
-static int piece_append(struct pmc_range *range, uint64_t end, uint32_t kind, uint32_t page_shift)
+struct pieces {
+	struct piece *items;
+	uint32_t count;
+	uint32_t capacity;
+};
+
+static void pieces_free(struct pieces *pieces)
 {
-	struct piece *last = range->piece_count ? &range->pieces[range->piece_count - 1] : NULL;
+	pmc_pages_free(pieces->items, pieces->capacity * sizeof(*pieces->items));
+}
+
+static int piece_append(struct pieces *pieces, uint64_t end, uint32_t kind, uint32_t page_shift)
+{
+	struct piece *last = pieces->count ? &pieces->items[pieces->count - 1] : NULL;
 	if (last && last->kind == kind && last->page_shift == page_shift) {
 		last->end = end;
 		return 0;
 	}
-	if (range->piece_count == range->piece_capacity) {
-		uint32_t capacity = range->piece_capacity ? range->piece_capacity * 2 : 64;
-		struct piece *pieces = pmc_pages_alloc(capacity * sizeof(*pieces));
-		if (!pieces)
+	if (pieces->count == pieces->capacity) {
+		struct pieces larger = { .count = pieces->count, .capacity = pieces->capacity ? pieces->capacity * 2 : 64 };
+		larger.items = pmc_pages_alloc(larger.capacity * sizeof(*larger.items));
+		if (!larger.items)
 			return -ENOMEM;
-		if (range->piece_count)
-			memcpy(pieces, range->pieces, range->piece_count * sizeof(*pieces));
-		pmc_pages_free(range->pieces, range->piece_capacity * sizeof(*pieces));
-		range->pieces = pieces;
-		range->piece_capacity = capacity;
+		if (pieces->count)
+			memcpy(larger.items, pieces->items, pieces->count * sizeof(*larger.items));
+		pieces_free(pieces);
+		*pieces = larger;
 	}
-	range->pieces[range->piece_count++] = (struct piece){ end, kind, page_shift };
+	pieces->items[pieces->count++] = (struct piece){ end, kind, page_shift };
 	return 0;
+}
+
+// A hole goes with the piece before it, but not with huge pages, to which it would lend its odd ends.
+static int append_hole(struct pieces *pieces, uint64_t end, uint32_t page_shift)
+{
+	struct piece *last = pieces->count ? &pieces->items[pieces->count - 1] : NULL;
+	if (!last || last->kind == PMC_KIND_HUGETLB)
+		return piece_append(pieces, end, PMC_KIND_ANON, page_shift);
+	last->end = end;
+	return 0;
+}
+
+// Lists the kinds of memory in the range as they are now.
+static int list_pieces(const struct pmc_range *range, struct vmas *vmas, struct pieces *pieces)
+{
+	uint32_t page_shift = range->tracker->page_shift;
+	struct vma vma;
+	int rc = 0;
+
+	pmc_vmas_refresh(vmas);
+	for (uint64_t pos = range->start; pos < range->end && !rc;) {
+		int found = pmc_vmas_at(vmas, pos, &vma);
+		if (found < 0)
+			return found;
+		if (!found || vma.start >= range->end)
+			return append_hole(pieces, range->end, page_shift);
+		if (vma.start > pos)
+			rc = append_hole(pieces, vma.start, page_shift);
+		pos = min_u64(vma.end, range->end);
+		if (!rc)
+			rc = piece_append(pieces, pos, vma.kind, vma.page_shift);
+	}
+	return rc;
 }
 
 // Finds out anew what kinds of memory the range holds. *sizes*: some of it is hugetlb, which plain maps does not show.
 static int classify(struct pmc_range *range, bool sizes)
 {
 	struct pmc_tracker *tracker = range->tracker;
-	struct vmas *vmas = &tracker->vmas, *slow = NULL;
-	uint64_t pos = range->start;
-	struct vma vma;
+	struct vmas *slow = NULL;
+	struct pieces pieces = { 0 }, old = { range->pieces, range->piece_count, range->piece_capacity };
 	int rc = 0;
 
-	if (sizes && !vmas->query) {
-		vmas = slow = pmc_pages_alloc(sizeof(*slow));
-		if (!slow)
-			return -ENOMEM;
-		rc = pmc_vmas_open(slow, false, true);
+	if (sizes && !tracker->vmas.query) {
+		slow = pmc_pages_alloc(sizeof(*slow));
+		rc = slow ? pmc_vmas_open(slow, false, true) : -ENOMEM;
 	}
-	range->piece_count = 0;
 	tracker->operation = "/proc/self/maps";
 	if (!rc)
-		pmc_vmas_refresh(vmas);
-	while (!rc && pos < range->end) {
-		int found = pmc_vmas_at(vmas, pos, &vma);
-		if (found < 0)
-			rc = found;
-		if (found <= 0 || vma.start >= range->end)
-			break;
-		// A hole goes with the piece before it; without one it must not lend its odd start to huge pages.
-		if (vma.start > pos && range->piece_count)
-			range->pieces[range->piece_count - 1].end = vma.start;
-		else if (vma.start > pos)
-			rc = piece_append(range, vma.start, PMC_KIND_ANON, tracker->page_shift);
-		pos = min_u64(vma.end, range->end);
-		if (!rc)
-			rc = piece_append(range, pos, vma.kind, vma.page_shift);
-	}
-	if (!rc && !range->piece_count)
-		rc = piece_append(range, range->end, PMC_KIND_ANON, tracker->page_shift);
-	if (!rc)
-		range->pieces[range->piece_count - 1].end = range->end;
+		rc = list_pieces(range, slow ? slow : &tracker->vmas, &pieces);
 	if (slow) {
 		pmc_vmas_close(slow);
 		pmc_pages_free(slow, sizeof(*slow));
 	}
-	return rc;
+	if (rc) {
+		pieces_free(&pieces);
+		return rc;
+	}
+	range->pieces = pieces.items;
+	range->piece_count = pieces.count;
+	range->piece_capacity = pieces.capacity;
+	pieces_free(&old);
+	return 0;
+}
+
+// Once the fault thread is gone nobody would answer the faults of what it has not unregistered.
+static int check_fault_thread(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
+{
+	if (!atomic_load(&tracker->fault_errno))
+		return 0;
+	(void)pmc_unregister_all(tracker, &tracker->vmas, start, end);
+	return -PMC_EFAULTTHREAD;
 }
 
 static int register_stretch(struct pmc_range *range, uint64_t start, uint64_t end)
 {
+	struct pmc_tracker *tracker = range->tracker;
 	uint64_t ioctls;
-	range->tracker->operation = "UFFDIO_REGISTER";
-	int rc = pmc_uffd_register(range->tracker->uffd, start, end, &ioctls);
+	tracker->operation = "UFFDIO_REGISTER";
+	int rc = pmc_uffd_register(tracker->uffd, start, end, &ioctls);
 	if (rc)
 		return rc;
 	// Only hugetlb memory takes no UFFDIO_ZEROPAGE (fs/userfaultfd.c: UFFD_API_RANGE_IOCTLS_BASIC).
 	bool huge = !(ioctls >> UFFDIO_ZEROPAGE_BIT & 1) || pmc_range_kinds(range) & PMC_KIND_HUGETLB;
-	return classify(range, huge);
+	rc = classify(range, huge);
+	if (rc) {
+		const char *operation = tracker->operation;
+		(void)pmc_unregister_all(tracker, &tracker->vmas, start, end);
+		tracker->operation = operation;
+		return rc;
+	}
+	return check_fault_thread(tracker, start, end);
 }
 
 int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end)
@@ -166,9 +215,9 @@ int pmc_rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, bool o
 	result->untracked_start = from;
 	result->untracked_end = to;
 	*stop = to;
-	rc = register_stretch(range, from, to);
-	if (!rc && owe)
-		rc = pmc_owe_mapped(range, from, to);
+	rc = owe ? pmc_owe_mapped(range, from, to) : 0;
+	if (!rc)
+		rc = register_stretch(range, from, to);
 	if (!rc)
 		rc = pmc_reset_stretch(range, from, to, &walk_end);
 	return rc ? rc : 1;
@@ -184,9 +233,9 @@ int pmc_range_close_locked(struct pmc_range *range)
 	range->open = false;
 	tracker->operation = "UFFDIO_UNREGISTER";
 	// Before the descriptor is closed, always: while a forked child holds a copy of it, closing it wakes no writer.
-	int rc = atomic_load(&tracker->fault_errno) ?
-			 0 :
-			 pmc_unregister_all(tracker, &tracker->vmas, range->start, range->end);
+	int rc = pmc_unregister_all(tracker, &tracker->vmas, range->start, range->end);
+	if (atomic_load(&tracker->fault_errno))
+		rc = 0;
 	pmc_fair_lock(&tracker->fault_lock);
 	struct pmc_range **link = &tracker->ranges;
 	while (*link && *link != range)
@@ -222,7 +271,7 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	if (is_own_memory(tracker, range->start, range->end) ||
 	    overlaps(range->start, range->end, range, sizeof(*range)) ||
 	    overlaps(range->start, range->end, range->owed, 3 * range->bits_size) ||
-	    overlaps(range->start, range->end, __builtin_frame_address(0), 1))
+	    overlaps(range->start, range->end, (char *)__builtin_frame_address(0) - STACK_REACH, STACK_REACH))
 		return -PMC_EOWNMEMORY;
 
 	int rc = register_stretch(range, range->start, range->end);
@@ -234,7 +283,9 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	tracker->ranges = range;
 	pmc_fair_unlock(&tracker->fault_lock);
 	range->open = true;
-	rc = pmc_reset_stretch(range, range->start, range->end, &walk_end);
+	rc = check_fault_thread(tracker, range->start, range->end);
+	if (!rc)
+		rc = pmc_reset_stretch(range, range->start, range->end, &walk_end);
 	if (rc == -ENOENT) {
 		result->untracked_start = walk_end;
 		result->untracked_end = range->end;
@@ -257,6 +308,7 @@ int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64
 	tracker->operation = "mmap";
 	if (!range)
 		return pmc_leave(tracker, -ENOMEM, result);
+	range->references = 1;
 	range->tracker = tracker;
 	range->start = start;
 	range->end = end;
@@ -284,14 +336,21 @@ int pmc_range_close(struct pmc_range *range)
 	return rc;
 }
 
+void pmc_range_put(struct pmc_range *range)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	if (atomic_fetch_sub(&range->references, 1) != 1)
+		return;
+	range_free(range);
+	pmc_tracker_put(tracker);
+}
+
 void pmc_range_destroy(struct pmc_range *range)
 {
 	if (!range)
 		return;
-	struct pmc_tracker *tracker = range->tracker;
 	(void)pmc_range_close(range);
-	range_free(range);
-	pmc_tracker_put(tracker);
+	pmc_range_put(range);
 }
 
 uint32_t pmc_range_kinds(struct pmc_range *range)

@@ -79,11 +79,31 @@ int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t 
 	};
 	int error;
 	uint64_t count = scan(range->tracker, &arg, &error);
-	if (error)
-		return error;
-	*from = region.start;
-	*to = region.end;
-	return (int)count;
+	if (error || count) {
+		*from = region.start;
+		*to = region.end;
+		return error ? error : 1;
+	}
+	// Mappings of device memory are in no answer, and fail CHECK_WPASYNC all the same (pagemap_scan_test_walk).
+	struct vma vma;
+	for (uint64_t pos = start; pos < end; pos = vma.end) {
+		int rc = pmc_vmas_at(&range->tracker->vmas, pos, &vma);
+		if (rc <= 0 || vma.start >= end)
+			return rc < 0 ? rc : 0;
+		struct pm_scan_arg check = {
+			.flags = PM_SCAN_CHECK_WPASYNC,
+			.start = max_u64(vma.start, pos),
+			.end = min_u64(vma.end, end),
+			.category_mask = PAGE_IS_WPALLOWED,
+			.category_inverted = PAGE_IS_WPALLOWED,
+		};
+		*from = check.start;
+		*to = check.end;
+		rc = pmc_pagemap_scan(range->tracker->pagemap, &check);
+		if (rc)
+			return rc == -EPERM ? 1 : rc;
+	}
+	return 0;
 }
 
 // The union of two ascending lists, as far as *stop*.
@@ -163,11 +183,13 @@ int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct p
 	struct pmc_tracker *tracker = range->tracker;
 	bool twice = !(tracker->abilities & PMC_CAN_SCAN_HOLES);
 
-	// A limit cannot be kept across two queries; the words keep it.
-	if (piece->kind == PMC_KIND_HUGETLB || (twice && arg->max_pages))
+	if (piece->kind == PMC_KIND_HUGETLB)
 		return pmc_words_scan(range, piece, arg);
 
 	uint64_t start = arg->start, end = arg->end, to;
+	// Two queries cannot share a limit; a range that is no longer than it needs none.
+	if (twice && arg->max_pages)
+		end = min_u64(end, start + (arg->max_pages << tracker->page_shift));
 	for (unsigned retries = 0; retries < RETRIES; retries++) {
 		struct pm_scan_arg take = written_arg(start, end, arg->flags & PM_SCAN_WP_MATCHING,
 						      (struct page_region *)(uintptr_t)arg->vec, arg->vec_len);

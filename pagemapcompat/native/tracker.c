@@ -7,7 +7,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -62,6 +61,7 @@ void pmc_tracker_put(struct pmc_tracker *tracker)
 		return;
 	pmc_pages_free(tracker->stack, tracker->stack_size);
 	pmc_pages_free(tracker->alive, page_size_of(tracker));
+	pmc_pages_free((void *)tracker->bell, page_size_of(tracker));
 	pmc_pages_free(tracker->unreadable, page_size_of(tracker));
 	pmc_pages_free(tracker, sizeof(*tracker));
 }
@@ -77,7 +77,6 @@ static void close_descriptors(struct pmc_tracker *tracker)
 {
 	close_descriptor(&tracker->uffd);
 	close_descriptor(&tracker->pagemap);
-	close_descriptor(&tracker->stop);
 	pmc_vmas_close(&tracker->vmas);
 	pmc_vmas_close(&tracker->thread_vmas);
 }
@@ -95,7 +94,7 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 	tracker->page_shift = pmc_page_shift();
 	tracker->uffd = config->uffd;
 	tracker->pagemap = config->pagemap;
-	tracker->stop = tracker->vmas.fd = tracker->thread_vmas.fd = -1;
+	tracker->vmas.fd = tracker->thread_vmas.fd = -1;
 	pthread_mutex_init(&tracker->mutex, NULL);
 
 	bool query = config->abilities & PMC_CAN_QUERY_MAPS;
@@ -114,10 +113,8 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 		rc = pmc_madvise(alive, alive + page_size_of(tracker), PMC_MADV_WIPEONFORK);
 		atomic_store(tracker->alive, 1);
 	}
-	if (!rc && !pmc_is_async(tracker)) {
-		tracker->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-		rc = tracker->stop < 0 ? -errno : pmc_fault_thread_start(tracker);
-	}
+	if (!rc && !pmc_is_async(tracker))
+		rc = pmc_fault_thread_start(tracker);
 	if (rc) {
 		close_descriptors(tracker);
 		pmc_tracker_put(tracker);
@@ -143,6 +140,11 @@ int pmc_tracker_close(struct pmc_tracker *tracker)
 			rc = rc ? rc : failed;
 		}
 		pmc_fault_thread_stop(tracker);
+		// Somebody closed our descriptor, and its number may be anybody's now. The kernel let go of everything with it.
+		if (rc == -EBADF || rc == -ENOTTY || atomic_load(&tracker->fault_errno)) {
+			tracker->uffd = -1;
+			rc = 0;
+		}
 		close_descriptors(tracker);
 		__atomic_store_n(&tracker->closed, true, __ATOMIC_RELEASE);
 	}

@@ -144,6 +144,9 @@ static int text_next(struct vmas *vmas)
 	bool shared = at[3] == 's';
 	at = skip_field(skip_field(skip_field(at)));
 	uint64_t inode = parse(&at, 10);
+	// A private mapping of it has an inode, and is anonymous to the kernel all the same (drivers/char/mem.c: mmap_zero).
+	if (!shared && strcmp(skip_field(at), "/dev/zero") == 0)
+		inode = 0;
 	if (vmas->sizes) {
 		static const char key[] = "KernelPageSize:", last[] = "VmFlags:";
 		do {

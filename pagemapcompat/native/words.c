@@ -18,6 +18,7 @@
 // missed, but no later one.
 #define _GNU_SOURCE
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
@@ -66,6 +67,7 @@ struct pass {
 	uint32_t unit_shift;
 	uint32_t kind;
 	bool engage;
+	bool held; // fault_lock keeps unchanged pages protected meanwhile
 	uint64_t marked; // a page with any of these bits is unchanged
 	struct output out;
 };
@@ -189,6 +191,21 @@ static bool populate(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 	return all;
 }
 
+// While the lock is held no signal handler may run on this thread: it could store into tracked memory.
+static void hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before)
+{
+	sigset_t all;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, before);
+	pmc_fair_lock(&tracker->fault_lock);
+}
+
+static void release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before)
+{
+	pmc_fair_unlock(&tracker->fault_lock);
+	pthread_sigmask(SIG_SETMASK, before, NULL);
+}
+
 static bool needs_population(const struct pass *pass)
 {
 	return pass->kind == PMC_KIND_ANON && !(pass->tracker->abilities & PMC_CAN_MARK_EMPTY);
@@ -226,8 +243,7 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 	while (index && out->vec[index - 1].end > pos)
 		index--;
 	uint64_t runs = out->count - index;
-	bool whole = logs(tracker) || (pass->kind == PMC_KIND_SHARED &&
-				       runs * PAGES_PER_RUN > (*stop - pos) >> tracker->page_shift);
+	bool whole = logs(tracker) || (pass->held && runs * PAGES_PER_RUN > (*stop - pos) >> tracker->page_shift);
 	for (uint64_t i = index; i < out->count && !rc; i++) {
 		uint64_t from = max_u64(out->vec[i].start, pos), to = out->vec[i].end;
 		if (needs_population(pass)) {
@@ -284,8 +300,12 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 			.page_shift = tracker->page_shift,
 		},
 	};
-	bool hold = pass.engage && (piece->kind == PMC_KIND_SHARED || logs(tracker));
-	bool confirm = logs(tracker) || !(tracker->abilities & PMC_CAN_TRUST_MARKS);
+	// An asynchronous userfaultfd resolves faults in the kernel, which no lock of ours holds off.
+	pass.held = pass.engage && !pmc_is_async(tracker) && (piece->kind == PMC_KIND_SHARED || logs(tracker));
+	// Where a remapped page may still show its old mark, where nothing shows marks, and where an empty page can have none.
+	bool confirm = logs(tracker) ||
+		       ~tracker->abilities & (PMC_CAN_TRUST_MARKS | PMC_CAN_MARK_EMPTY);
+	sigset_t signals;
 	uint64_t pos = arg->start, chunk = (uint64_t)PMC_WORDS << piece->page_shift;
 	uint64_t untracked_from = 0, untracked_to = 0;
 	int rc = 0;
@@ -294,8 +314,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 	while (pos < arg->end && !rc) {
 		uint64_t end = min_u64(arg->end, align_down(pos, chunk) + chunk);
 		if (confirm && untracked_to <= pos) {
-			// A remapped page may still show its old mark, and the log never hears of it: ask for each mapping.
-			rc = pmc_words_next_untracked(range, pos, arg->end, &untracked_from, &untracked_to);
+			rc = pmc_next_untracked(range, pos, arg->end, &untracked_from, &untracked_to);
 			if (rc < 0)
 				break;
 			if (!rc)
@@ -318,8 +337,8 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 			end = min_u64(end, untracked_from);
 
 		uint64_t stop = pos;
-		if (hold)
-			pmc_fair_lock(&tracker->fault_lock);
+		if (pass.held)
+			hold_fault_thread(tracker, &signals);
 		tracker->operation = "/proc/self/pagemap";
 		rc = pmc_words_read(tracker->pagemap, pos, (end - pos) >> piece->page_shift, piece->page_shift,
 				    tracker->page_shift, tracker->words);
@@ -332,8 +351,8 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		} else if (pass.engage) {
 			rc = engage(&pass, pos, &stop);
 		}
-		if (hold)
-			pmc_fair_unlock(&tracker->fault_lock);
+		if (pass.held)
+			release_fault_thread(tracker, &signals);
 		pos = stop;
 		if (stop < end)
 			break;
@@ -354,6 +373,7 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 	};
 	// Which pages could not be marked has to be read only where there can be such pages.
 	bool look = needs_population(&pass) || tracker->abilities & PMC_CAN_GUARD || logs(tracker);
+	sigset_t signals;
 	uint64_t chunk = look ? (uint64_t)PMC_WORDS << piece->page_shift : end - start, untracked;
 	int rc = 0;
 
@@ -363,23 +383,25 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 		uint64_t to = look ? min_u64(end, align_down(pos, chunk) + chunk) : end;
 		if (needs_population(&pass) && !populate(tracker, pos, to))
 			range->exact = false;
+		// Read first: a page that was empty then and is protected now has been written meanwhile, and is found by its mark or by
+		// being empty no more. The other way round a page written in between would be neither protected nor noticed.
+		if (look) {
+			tracker->operation = "/proc/self/pagemap";
+			rc = pmc_words_read(tracker->pagemap, pos, (to - pos) >> piece->page_shift, piece->page_shift,
+					    tracker->page_shift, tracker->words);
+			if (rc)
+				break;
+		}
 		if (logs(tracker))
-			pmc_fair_lock(&tracker->fault_lock);
+			hold_fault_thread(tracker, &signals);
 		rc = pmc_protect(tracker, pos, to, 1, &untracked);
 		*walk_end = rc == -ENOENT ? untracked : rc ? pos : to;
 		if (logs(tracker)) {
 			pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *walk_end), false);
-			pmc_fair_unlock(&tracker->fault_lock);
+			release_fault_thread(tracker, &signals);
 		}
-		if (look && *walk_end > pos) {
-			int read_rc = pmc_words_read(tracker->pagemap, pos, (*walk_end - pos) >> piece->page_shift,
-						     piece->page_shift, tracker->page_shift, tracker->words);
-			if (read_rc) {
-				tracker->operation = "/proc/self/pagemap";
-				return read_rc;
-			}
+		if (look)
 			remember(&pass, pos, pos, *walk_end);
-		}
 		if (rc)
 			break;
 	}

@@ -1,0 +1,166 @@
+"""Corners where two rules meet, each of which once went wrong."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from children import Crew, Mirror, in_child
+from conftest import PAGE, PRIVATE, Flavour, libc, pages_of, private, write
+from test_kinds import HUGE, HUGE_PAGES, hugetlb_refused, pool  # noqa: F401 - a fixture
+
+from pagemapcompat import AddressRange, DirtyTracker, Feature, NotTrackedError, _kernel, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.kernel
+
+UFFDIO_REGISTER, REGISTER_MISSING = 0xC020AA00, 1
+
+
+def test_limited_collects_of_shared_memory_lose_nothing(flavour: Flavour) -> None:
+    """A limit must not turn the scan into one that protects pages it has not reported."""
+    if not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
+        pytest.skip("uffd-wp-hugetlbfs-shmem: shared memory is refused (EINVAL); remedy: Linux 5.19 or newer")
+    memory = mmap.mmap(-1, 128 * PAGE)
+
+    def check() -> None:
+        with flavour.tracker() as tracker:
+            ram = tracker.track(memory)
+            mirror, crew = Mirror(ram, memory), Crew()
+
+            def fill() -> None:
+                for round_ in range(1, 200):
+                    for page in range(128):
+                        libc.fill(ram.range.start + page * PAGE, 1, round_)
+
+            crew.add(fill)
+            at: int | None = 0
+            while crew.working:
+                result = ram.collect(at or 0, max_pages=25)
+                mirror.merge(result)
+                at = result.resume_at
+            crew.join()
+            mirror.finish()
+
+    in_child(check)
+
+
+@pytest.mark.parametrize("policy", ["raise", "rearm"])
+def test_memory_that_another_userfaultfd_took(flavour: Flavour, area: Callable[..., AddressRange], policy: str) -> None:
+    """Mapped anew and registered elsewhere: every call ends, and none calls the memory clean or tracked."""
+    memory = area(16)
+
+    def check() -> None:
+        with flavour.tracker(on_untracked=policy) as tracker:
+            ram = tracker.track(memory)
+            libc.mmap(4 * PAGE, address=memory.start + 4 * PAGE)
+            fd = _kernel.uffd_open(_kernel.UFFD_SYSCALL)
+            fd = fd if fd >= 0 else _kernel.uffd_open(_kernel.UFFD_USER_MODE_ONLY)
+            assert _kernel.uffd_handshake(fd, 0)[0] == 0
+            libc.fill(memory.start + 4 * PAGE, 4 * PAGE)
+            fcntl.ioctl(fd, UFFDIO_REGISTER, struct.pack("4Q", memory.start + 4 * PAGE, 4 * PAGE, REGISTER_MISSING, 0))
+            if probe().supports(Feature.PAGEMAP_UFFD_WP):  # without marks nobody can tell whose registration it is
+                assert pages_of(ram.peek()) >= {4, 5, 6, 7}
+            for call in (ram.collect, ram.reset):
+                with pytest.raises((NotTrackedError, OSError)):
+                    call()
+            os.close(fd)
+
+    in_child(check, seconds=20)
+
+
+def test_a_limited_peek_of_a_file(flavour: Flavour) -> None:
+    """peek raises for no kind of memory that can be tracked."""
+    if flavour.backend == "uffd-wp":
+        pytest.skip("uffd-wp refuses files (EINVAL); remedy: backend pagemap-scan")
+    with tempfile.NamedTemporaryFile(dir=Path(__file__).parent) as file:
+        file.truncate(16 * PAGE)
+        with mmap.mmap(file.fileno(), 16 * PAGE) as memory, flavour.tracker() as tracker, tracker.track(memory) as ram:
+            write(memory, 3, 9)
+            assert set(ram.peek(max_pages=1).page_indices()) == {3}
+            assert set(ram.collect(max_pages=1).page_indices()) == {3}
+            assert pages_of(ram.collect()) == {9}
+
+
+def test_huge_pages_before_a_hole(
+    flavour: Flavour,
+    pool: None,  # noqa: F811
+    area: Callable[..., AddressRange],
+) -> None:
+    """An odd end behind huge pages, and small pages behind the hole, are no business of theirs."""
+    if hugetlb_refused(flavour):
+        pytest.skip("uffd-wp-hugetlbfs-shmem: hugetlb is refused (EINVAL); remedy: Linux 5.19 or newer")
+    room = area(4 * HUGE_PAGES, libc.PROT_NONE)
+    start = room.start
+    libc.munmap(start, 4 * HUGE)
+    libc.mmap(2 * HUGE, 3, PRIVATE | libc.MAP_HUGETLB, address=start)
+    libc.mmap(PAGE, address=start + 3 * HUGE + 5 * PAGE)
+    with flavour.tracker() as tracker:
+        ram = tracker.track(AddressRange(start, start + 3 * HUGE + 6 * PAGE))
+        libc.fill(start + HUGE)
+        libc.fill(start + 3 * HUGE + 5 * PAGE)
+        assert pages_of(ram.collect()) == {*range(HUGE_PAGES, 2 * HUGE_PAGES), 3 * HUGE_PAGES + 5}
+        # A small page in the place of a huge one; the other stays what it is.
+        libc.munmap(start, HUGE)
+        libc.mmap(PAGE, address=start)
+        libc.fill(start)
+        with pytest.raises(NotTrackedError):
+            ram.collect()
+        ram.rearm()
+        assert pages_of(ram.collect()) == {0}
+        libc.fill(start + HUGE)
+        assert pages_of(ram.collect()) == set(range(HUGE_PAGES, 2 * HUGE_PAGES))
+        ram.close()
+    libc.munmap(start, 4 * HUGE)
+    libc.mmap(4 * HUGE, libc.PROT_NONE, address=start)
+
+
+def test_offsets_at_an_odd_end(tracker: DirtyTracker) -> None:
+    """The end of memory that ends inside a page is a valid start and stop: nothing lies behind it."""
+    memory = mmap.mmap(-1, PAGE + 904, flags=PRIVATE)
+    ram = tracker.track(memory)
+    for result in (ram.collect(len(memory)), ram.peek(len(memory), len(memory))):
+        assert (len(result), result.complete) == (0, True)
+    ram.reset(len(memory))
+    ram.unprotect(len(memory), len(memory))
+    write(memory, 1)
+    assert list(ram.collect(PAGE, len(memory)).spans()) == [(PAGE, PAGE + 904)]
+
+
+@pytest.mark.parametrize("limit", [1 << 52, 1 << 64, 1 << 200])
+def test_limits_beyond_any_memory(tracker: DirtyTracker, limit: int) -> None:
+    """Are no limit."""
+    memory = private(8)
+    ram = tracker.track(memory)
+    wrote = write(memory, 1, 5)
+    assert pages_of(ram.peek(max_pages=limit)) == wrote
+    assert pages_of(ram.collect(max_pages=limit)) == wrote
+
+
+def test_private_dev_zero_is_anonymous(flavour: Flavour) -> None:
+    """It has an inode, and empty pages like any private memory."""
+    fd = os.open("/dev/zero", os.O_RDWR)
+    with mmap.mmap(fd, 16 * PAGE, flags=mmap.MAP_PRIVATE) as memory, flavour.tracker() as tracker:
+        os.close(fd)
+        with tracker.track(memory) as ram:
+            assert pages_of(ram.collect()) == set()
+            wrote = write(memory, 3, 7)
+            assert pages_of(ram.collect()) == wrote
+            assert pages_of(ram.collect()) == set()
+
+
+def test_a_range_keeps_its_tracker(flavour: Flavour) -> None:
+    """Whoever holds only the range goes on tracking."""
+    memory = private(8)
+    ram = flavour.tracker().track(memory)
+    wrote = write(memory, 2)
+    assert pages_of(ram.collect()) == wrote
+    ram._tracker.close()
