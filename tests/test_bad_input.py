@@ -57,7 +57,6 @@ from pagemapcompat.registrations import registered
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = pytest.mark.kernel
 __all__ = ["area"]
 
 PRESENT = ScanQuery(report=PageCategory.PRESENT)

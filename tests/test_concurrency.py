@@ -17,8 +17,6 @@ from conftest import PAGE, PRIVATE, Flavour, claims, libc, pages_of, private, wr
 
 from pagemapcompat import ClosedError, Guarantee, NotTrackedError, TrackedRange, _kernel
 
-pytestmark = pytest.mark.kernel
-
 PAGES = 768
 ROUNDS = 6
 """How often each page is written. Few, so that a lost write is likely to be its page's last one, and stays visible."""

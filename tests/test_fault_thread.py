@@ -14,8 +14,6 @@ from conftest import FLAVOURS, PAGE, Flavour, lacking, libc, pages_of, private, 
 
 from pagemapcompat import ClosedError, DirtyTracker, FaultThreadError, KernelError
 
-pytestmark = pytest.mark.kernel
-
 SYNCHRONOUS = tuple(one for one in FLAVOURS if one.backend == "uffd-wp")
 
 

@@ -17,8 +17,6 @@ from conftest import Flavour, libc, pages_of, private, write
 
 from pagemapcompat import ClosedError, DirtyTracker, TrackedRange
 
-pytestmark = pytest.mark.kernel
-
 
 def refuses(call: Callable[[], object]) -> None:
     """Check that a call in a child says whose tracker this is."""

@@ -24,8 +24,6 @@ from pagemapcompat import (
     PagemapCompatError,
 )
 
-pytestmark = pytest.mark.kernel
-
 
 def once(flavour: Flavour, memory: mmap.mmap) -> None:
     """Open, track, use, close."""

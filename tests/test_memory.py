@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.kernel
 
 EVERYTHING = ScanQuery(report=PageCategory.PRESENT)
 PLAIN = settings(deadline=None, database=None, derandomize=True)

@@ -10,8 +10,6 @@ from conftest import PAGE, Flavour, pages_of, private, run_child, write
 
 from pagemapcompat import AlignmentError, DirtyTracker, NotTrackableError, PageCategory
 
-pytestmark = pytest.mark.kernel
-
 
 def test_regions_as_an_array_without_a_copy(tracker: DirtyTracker) -> None:
     """np.asarray of as_u64 is a view of the regions that C wrote: all such arrays share memory, none is writable."""

@@ -24,8 +24,6 @@ from pagemapcompat import (
 )
 from pagemapcompat.probe import BACKEND_NAMES
 
-pytestmark = pytest.mark.kernel
-
 STATES = {"yes", "no", "denied", "disabled", "unknown"}
 
 
