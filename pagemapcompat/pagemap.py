@@ -36,6 +36,12 @@ _MOST_PAGES = 1 << 47
 """More than any address space has, and few enough to be counted in bytes."""
 _PFN_BITS = (1 << 55) - 1
 _SWAP_TYPE_BITS = 5
+_SHOWN_BY = {
+    PageCategory.WRITTEN: Feature.PAGEMAP_UFFD_WP,
+    PageCategory.SOFT_DIRTY: Feature.PAGEMAP_SOFT_DIRTY,
+    PageCategory.GUARD: Feature.PAGEMAP_GUARD,
+}
+"""What a kernel's words must show before they can tell a category."""
 _categories: dict[int, PageCategory] = {}
 
 
@@ -402,10 +408,8 @@ class Pagemap:
                 result = _kernel.Result()
                 result.c.walk_end = asked.end
                 return ScanResult(result, asked, asked.start, pinned.length)
-            if not self._ioctl and not self._own:
-                self._refuse(query.mentioned & (PageCategory.WRITTEN | PageCategory.WPALLOWED), "of another process")
-            elif not self._ioctl and not probe().supports(Feature.PAGEMAP_UFFD_WP):
-                self._refuse(query.mentioned & PageCategory.WRITTEN, "where pagemap words show no marks")
+            if not self._ioctl:
+                self._check_words(query.mentioned)
             masks = (query.inverted, query.all_of, query.any_of, query.report)
             known = [] if self._ioctl else registered()
             rc, result = _kernel.query(
@@ -416,6 +420,13 @@ class Pagemap:
             return ScanResult(result, asked, asked.start, pinned.length)
         finally:
             pinned.release()
+
+    def _check_words(self, mentioned: PageCategory) -> None:
+        if not self._own:
+            self._refuse(mentioned & (PageCategory.WRITTEN | PageCategory.WPALLOWED), "of another process")
+        for category, feature in _SHOWN_BY.items():
+            if not probe().supports(feature):
+                self._refuse(mentioned & category, f"on a kernel without {feature.value}")
 
     def _refuse(self, categories: PageCategory, where: str) -> None:
         if categories:

@@ -236,6 +236,29 @@ def _marks(lab: _Laboratory) -> _Answer:
     return "no", None, "bit 57 of a pagemap word does not show write-protection", "Linux 5.14 or newer has it"
 
 
+def _soft_dirty(lab: _Laboratory) -> _Answer:
+    missing = lab.lacks(Feature.PAGEMAP)
+    if missing:
+        return missing
+    with lab.memory(page_size()) as (at, view):
+        view[0] = 1
+        # A new mapping is soft-dirty as a whole; clearing it would be the whole process's.
+        if lab.word(at) & EntryFlag.SOFT_DIRTY:
+            return _yes("bit 55 of a pagemap word shows soft-dirty")
+    return "no", None, "bit 55 of a pagemap word is not set in new memory", "a kernel with CONFIG_MEM_SOFT_DIRTY"
+
+
+def _guard(lab: _Laboratory) -> _Answer:
+    missing = lab.lacks(Feature.PAGEMAP, Feature.MADV_GUARD)
+    if missing:
+        return missing
+    with lab.memory(page_size()) as (at, _):
+        _check(_kernel.madvise(at, at + page_size(), _kernel.MADV_GUARD_INSTALL), "madvise")
+        if lab.word(at) & EntryFlag.GUARD:
+            return _yes("bit 58 of a pagemap word shows guard pages")
+    return "no", None, "bit 58 of a pagemap word does not show guard pages", "Linux 6.15 or newer has it"
+
+
 def _multi_vma(lab: _Laboratory) -> _Answer:
     missing = lab.lacks(Feature.UFFD_WP)
     if missing:
@@ -358,6 +381,8 @@ _TRIALS: Mapping[Feature, Callable[[_Laboratory], _Answer]] = {
     Feature.PROCMAP_QUERY: _procmap_query,
     Feature.MADV_POPULATE_READ: _advises(_kernel.MADV_POPULATE_READ, "MADV_POPULATE_READ", "5.14"),
     Feature.MADV_GUARD: _advises(_kernel.MADV_GUARD_INSTALL, "MADV_GUARD_INSTALL", "6.13"),
+    Feature.PAGEMAP_SOFT_DIRTY: _soft_dirty,
+    Feature.PAGEMAP_GUARD: _guard,
 }
 
 

@@ -180,9 +180,26 @@ def test_words_refuse_what_they_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> 
         for category in (C.HUGE, C.PFNZERO):
             with pytest.raises(UnsupportedError, match=str(category.name)):
                 pagemap.scan(memory, ScanQuery(all_of=category))
-    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan,pagemap-uffd-wp")
-    with Pagemap() as pagemap, pytest.raises(UnsupportedError, match="WRITTEN"):
-        pagemap.scan(memory, ScanQuery(all_of=C.WRITTEN))
+    hidden = {"pagemap-uffd-wp": C.WRITTEN, "pagemap-soft-dirty": C.SOFT_DIRTY, "pagemap-guard": C.GUARD}
+    for feature, category in hidden.items():
+        monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", f"pagemap-scan,{feature}")
+        with Pagemap() as pagemap, pytest.raises(UnsupportedError, match=str(category.name)):
+            pagemap.scan(memory, ScanQuery(all_of=category))
+
+
+def test_guard_and_soft_dirty_pages(source: str, area: Callable[..., AddressRange]) -> None:
+    """Told where the kernel can, by either source; new memory is soft-dirty as a whole."""
+    memory = area(8)
+    libc.fill(memory.start, 8 * PAGE)
+    with Pagemap() as pagemap:
+        if probe().supports(Feature.PAGEMAP_SOFT_DIRTY):
+            assert indices(pagemap.scan(memory, ScanQuery(all_of=C.SOFT_DIRTY)), memory.start) == set(range(8))
+        elif source == "words":
+            with pytest.raises(UnsupportedError, match="SOFT_DIRTY"):
+                pagemap.scan(memory, ScanQuery(all_of=C.SOFT_DIRTY))
+        if probe().supports(Feature.PAGEMAP_GUARD):
+            libc.madvise(memory.start + 2 * PAGE, 2 * PAGE, libc.GUARD_INSTALL)
+            assert indices(pagemap.scan(memory, ScanQuery(all_of=C.GUARD)), memory.start) == {2, 3}
 
 
 def test_an_unknown_category_is_named() -> None:

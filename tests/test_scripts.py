@@ -51,7 +51,6 @@ def demo(disabled: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.kernel
 def test_the_five_line_program_runs_as_written() -> None:
     """README's first program has five lines and prints what its comment says."""
     program = fenced("python")[0]
@@ -113,7 +112,6 @@ def test_scripts_say_what_is_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "clone" / ".venv").exists()
 
 
-@pytest.mark.kernel
 def test_the_demo_shows_every_backend() -> None:
     """It runs from any directory, names each backend, shows its operations or why it cannot; every answer is right."""
     done = demo()
@@ -132,7 +130,6 @@ def test_the_demo_shows_every_backend() -> None:
     assert "Every answer was exactly right." in done.stdout
 
 
-@pytest.mark.kernel
 def test_the_demo_says_why_a_backend_is_not_used() -> None:
     """What was disabled is named with its reason and remedy; with nothing left the demo fails, and says so."""
     if usable("uffd-wp"):
