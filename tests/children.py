@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import CHILD_SECONDS, PAGE, PRIVATE, Flavour
 
-from pagemapcompat import ScanResult, TrackedRange
+from pagemapcompat import Feature, ScanResult, TrackedRange, probe
 
 plain = ctypes.PyDLL(None, use_errno=True)
 """The C library, called with the GIL held: what forks through it has a GIL that works, and ran no hook of Python's."""
@@ -86,8 +86,8 @@ def memory_of(kind: str, pages: int, flavour: Flavour) -> mmap.mmap:
     """Private or shared anonymous memory, or a skip where this flavour refuses it."""
     if kind == "private":
         return mmap.mmap(-1, pages * PAGE, flags=PRIVATE)
-    if "uffd-wp-hugetlbfs-shmem" in flavour.disabled:
-        pytest.skip("uffd-wp-hugetlbfs-shmem: refused as on 5.10, EINVAL; remedy: none, private memory is tested")
+    if "uffd-wp-hugetlbfs-shmem" in flavour.disabled or not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
+        pytest.skip("uffd-wp-hugetlbfs-shmem: shared memory is refused (EINVAL); remedy: Linux 5.19 or newer")
     return mmap.mmap(-1, pages * PAGE)
 
 

@@ -145,6 +145,18 @@ def test_more_regions_than_one_vector(tracker: DirtyTracker) -> None:
     assert pages_of(ram.collect()) == set()
 
 
+def test_neighbours_are_one_region(tracker: DirtyTracker) -> None:
+    """However many pieces the engine reads and protects them in."""
+    memory = private(20_000)
+    ram = tracker.track(memory)
+    libc.fill(ram.range.start + PAGE, 19_000 * PAGE)
+    assert [(region.start, region.pages) for region in ram.peek()] == [(ram.range.start + PAGE, 19_000)]
+    assert [(region.start, region.pages) for region in ram.collect()] == [(ram.range.start + PAGE, 19_000)]
+    ram.unprotect(5 * PAGE, 10 * PAGE)
+    libc.fill(ram.range.start + 10 * PAGE, 3 * PAGE)
+    assert [region.pages for region in ram.collect()] == [8]
+
+
 def test_random_rounds_agree_with_a_model(tracker: DirtyTracker) -> None:
     """A hundred rounds of random writes, each collected exactly."""
     pages, dice = 2_000, random.Random(1)

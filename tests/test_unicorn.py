@@ -14,7 +14,7 @@ from unicorn import UC_ARCH_X86, UC_HOOK_MEM_WRITE, UC_MODE_64, UC_PROT_ALL, Uc,
 from unicorn.unicorn_const import UC_ERR_WRITE_UNMAPPED
 from unicorn.x86_const import UC_X86_REG_RAX, UC_X86_REG_RCX
 
-from pagemapcompat import DirtyTracker, Feature, Guarantee, TrackedRange
+from pagemapcompat import DirtyTracker, Feature, Guarantee, TrackedRange, probe
 
 pytestmark = pytest.mark.kernel
 
@@ -254,8 +254,8 @@ def test_the_kernel_fills_what_is_unprotected(flavour: Flavour) -> None:
 
 def test_guest_memory_that_is_shared(flavour: Flavour) -> None:
     """Guest RAM in a shared mapping is collected exactly, where shared memory can be tracked at all."""
-    if "uffd-wp-hugetlbfs-shmem" in flavour.disabled:
-        pytest.skip("uffd-wp-hugetlbfs-shmem: disabled as on 5.10 (EINVAL); remedy: none, other flavours test it")
+    if not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
+        pytest.skip("uffd-wp-hugetlbfs-shmem: shared memory is refused (EINVAL); remedy: Linux 5.19 or newer")
     dice = random.Random(4)
     memory = mmap.mmap(-1, 64 * PAGE)
     with flavour.tracker() as tracker:
