@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = SCRIPTS / "examples" / "framebuffer.py"
-BASH = [path for path in (*SCRIPTS.rglob("*"), ROOT / ".ci" / "run") if path.is_file() and not path.suffix]
-PYTHON = sorted(SCRIPTS.rglob("*.py"))
+NAMELESS = [path for path in (*SCRIPTS.rglob("*"), ROOT / ".ci" / "run") if path.is_file() and not path.suffix]
+IN_PYTHON = [path for path in NAMELESS if path.read_text(encoding="utf-8").startswith("#!/usr/bin/env python3\n")]
+BASH = [path for path in NAMELESS if path not in IN_PYTHON]
+PYTHON = [*sorted(SCRIPTS.rglob("*.py")), *IN_PYTHON]
 DEMO_SECONDS = 300
 """Importing Unicorn alone takes a while in an emulated machine."""
 
