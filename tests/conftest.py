@@ -94,16 +94,20 @@ def need(*features: Feature) -> None:
             lacking(feature.value, f"{result.state}, {error}, {result.detail}", result.hint or "none")
 
 
-@pytest.fixture(params=FLAVOURS, ids=lambda flavour: flavour.name)
-def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
-    """Each generation of each backend that can run here."""
-    chosen: Flavour = request.param
+def use_flavour(chosen: Flavour, monkeypatch: pytest.MonkeyPatch) -> Flavour:
+    """Set the environment for a flavour, or skip where it cannot run."""
     monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", ",".join(chosen.disabled))
     try:
         chosen.tracker().close()
     except KernelError as error:
         lacking(chosen.backend, f"{errorcode.get(error.errno or 0)}, {error.strerror}", error.hint or "none")
     return chosen
+
+
+@pytest.fixture(params=FLAVOURS, ids=lambda flavour: flavour.name)
+def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
+    """Each generation of each backend that can run here."""
+    return use_flavour(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from children import Crew, Mirror, in_child
-from conftest import FLAVOURS, PAGE, Flavour, lacking, libc, pages_of, private, write
+from conftest import FLAVOURS, PAGE, Flavour, libc, pages_of, private, use_flavour, write
 
 from pagemapcompat import ClosedError, DirtyTracker, FaultThreadError, KernelError
 
@@ -20,13 +20,7 @@ SYNCHRONOUS = tuple(one for one in FLAVOURS if one.backend == "uffd-wp")
 @pytest.fixture(params=SYNCHRONOUS, ids=lambda one: one.name)
 def uffd_wp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
     """Each generation of the backend that has a fault thread."""
-    chosen: Flavour = request.param
-    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", ",".join(chosen.disabled))
-    try:
-        chosen.tracker().close()
-    except KernelError as error:
-        lacking(chosen.backend, f"errno {error.errno}, {error.strerror}", error.hint or "none")
-    return chosen
+    return use_flavour(request.param, monkeypatch)
 
 
 def descriptors(kind: str) -> set[int]:

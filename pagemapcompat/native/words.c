@@ -159,7 +159,12 @@ static bool populate(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 {
 	bool all = true;
 	struct vma vma;
-	for (uint64_t pos = start; pos < end && pmc_vmas_at(&tracker->vmas, pos, &vma) > 0 && vma.start < end;) {
+	for (uint64_t pos = start; pos < end;) {
+		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
+		if (rc < 0)
+			return false;
+		if (!rc || vma.start >= end)
+			break;
 		uint64_t from = max_u64(vma.start, pos), to = min_u64(vma.end, end);
 		pos = to;
 		if (vma.kind != PMC_KIND_ANON)
