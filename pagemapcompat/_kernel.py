@@ -187,7 +187,7 @@ def uffd_unregister(uffd: int, start: int, end: int) -> int:
 
 def uffd_writeprotect(uffd: int, start: int, end: int, *, protect: bool) -> int:
     """Protect or un-protect, in one ioctl: 0 or -errno."""
-    return int(lib.pmc_uffd_writeprotect(uffd, start, end, protect))
+    return int(lib.pmc_uffd_writeprotect(uffd, start, end, int(protect)))
 
 
 def pagemap_scan(

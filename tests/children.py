@@ -17,10 +17,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-from conftest import CHILD_SECONDS, PAGE, PRIVATE, Flavour
+from conftest import CHILD_SECONDS, PAGE, PRIVATE, need_shared
 
-from pagemapcompat import Feature, ScanResult, TrackedRange, probe
+from pagemapcompat import ScanResult, TrackedRange
 
 plain = ctypes.PyDLL(None, use_errno=True)
 """The C library, called with the GIL held: what forks through it has a GIL that works, and ran no hook of Python's."""
@@ -82,12 +81,11 @@ def in_child(function: Callable[..., object], *arguments: Any, seconds: float = 
     assert status == 0, f"the child ended with {os.waitstatus_to_exitcode(status)}\n{text}"
 
 
-def memory_of(kind: str, pages: int, flavour: Flavour) -> mmap.mmap:
+def memory_of(kind: str, pages: int) -> mmap.mmap:
     """Private or shared anonymous memory, or a skip where this flavour refuses it."""
     if kind == "private":
         return mmap.mmap(-1, pages * PAGE, flags=PRIVATE)
-    if "uffd-wp-hugetlbfs-shmem" in flavour.disabled or not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
-        pytest.skip("uffd-wp-hugetlbfs-shmem: shared memory is refused (EINVAL); remedy: Linux 5.19 or newer")
+    need_shared()
     return mmap.mmap(-1, pages * PAGE)
 
 

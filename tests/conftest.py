@@ -29,8 +29,10 @@ from pagemapcompat import (
 
 PAGE = page_size()
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-CHILD_SECONDS = 60
-"""How long anything that could hang may take. Machines are slow and shared; a hang lasts for ever."""
+CHILD_SECONDS = float(os.environ.get("PAGEMAPCOMPAT_TEST_SECONDS", "60"))
+"""How long anything that could hang may take. Machines are slow and shared, or emulated; a hang lasts for ever."""
+DISABLED = tuple(filter(None, os.environ.get("PAGEMAPCOMPAT_DISABLE", "").split(",")))
+"""What is switched off for all tests. They add to it."""
 
 
 class KeepingTracker(DirtyTracker):
@@ -94,9 +96,21 @@ def need(*features: Feature) -> None:
             lacking(feature.value, f"{result.state}, {error}, {result.detail}", result.hint or "none")
 
 
+def need_shared() -> None:
+    """Skip where shared and hugetlb memory cannot be tracked."""
+    if probe()[Feature.UFFD_WP_HUGETLBFS_SHMEM].state == "disabled":
+        pytest.skip("this flavour imitates a kernel that refuses shared memory; remedy: the other flavours")
+    need(Feature.UFFD_WP_HUGETLBFS_SHMEM)
+
+
+def disable(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Switch features off for this test."""
+    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", ",".join([*DISABLED, *names]))
+
+
 def use_flavour(chosen: Flavour, monkeypatch: pytest.MonkeyPatch) -> Flavour:
     """Set the environment for a flavour, or skip where it cannot run."""
-    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", ",".join(chosen.disabled))
+    disable(monkeypatch, *chosen.disabled)
     try:
         chosen.tracker().close()
     except KernelError as error:
@@ -104,7 +118,13 @@ def use_flavour(chosen: Flavour, monkeypatch: pytest.MonkeyPatch) -> Flavour:
     return chosen
 
 
-@pytest.fixture(params=FLAVOURS, ids=lambda flavour: flavour.name)
+def flavours(*backends: str) -> list[Any]:
+    """Parameters: the flavours of some backends, or all. The matrix of real kernels needs no imitations of them."""
+    chosen = [one for one in FLAVOURS if not backends or one.backend in backends]
+    return [pytest.param(one, id=one.name, marks=pytest.mark.imitated if one.disabled else ()) for one in chosen]
+
+
+@pytest.fixture(params=flavours())
 def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
     """Each generation of each backend that can run here."""
     return use_flavour(request.param, monkeypatch)

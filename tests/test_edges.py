@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from children import Crew, Mirror, in_child
-from conftest import PAGE, PRIVATE, Flavour, libc, pages_of, private, write
-from test_kinds import HUGE, HUGE_PAGES, hugetlb_refused, pool  # noqa: F401 - a fixture
+from conftest import PAGE, PRIVATE, Flavour, flavours, libc, need_shared, pages_of, private, write
+from test_kinds import HUGE, HUGE_PAGES, pool  # noqa: F401 - a fixture
 
 from pagemapcompat import AddressRange, DirtyTracker, Feature, NotTrackedError, _kernel, probe
 
@@ -27,8 +27,7 @@ UFFDIO_REGISTER, REGISTER_MISSING = 0xC020AA00, 1
 
 def test_limited_collects_of_shared_memory_lose_nothing(flavour: Flavour) -> None:
     """A limit must not turn the scan into one that protects pages it has not reported."""
-    if not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
-        pytest.skip("uffd-wp-hugetlbfs-shmem: shared memory is refused (EINVAL); remedy: Linux 5.19 or newer")
+    need_shared()
     memory = mmap.mmap(-1, 128 * PAGE)
 
     def check() -> None:
@@ -80,10 +79,9 @@ def test_memory_that_another_userfaultfd_took(flavour: Flavour, area: Callable[.
     in_child(check, seconds=20)
 
 
+@pytest.mark.parametrize("flavour", flavours("pagemap-scan"), indirect=True)
 def test_a_limited_peek_of_a_file(flavour: Flavour) -> None:
     """peek raises for no kind of memory that can be tracked."""
-    if flavour.backend == "uffd-wp":
-        pytest.skip("uffd-wp refuses files (EINVAL); remedy: backend pagemap-scan")
     with tempfile.NamedTemporaryFile(dir=Path(__file__).parent) as file:
         file.truncate(16 * PAGE)
         with mmap.mmap(file.fileno(), 16 * PAGE) as memory, flavour.tracker() as tracker, tracker.track(memory) as ram:
@@ -99,8 +97,7 @@ def test_huge_pages_before_a_hole(
     area: Callable[..., AddressRange],
 ) -> None:
     """An odd end behind huge pages, and small pages behind the hole, are no business of theirs."""
-    if hugetlb_refused(flavour):
-        pytest.skip("uffd-wp-hugetlbfs-shmem: hugetlb is refused (EINVAL); remedy: Linux 5.19 or newer")
+    need_shared()
     room = area(4 * HUGE_PAGES, libc.PROT_NONE)
     start = room.start
     libc.munmap(start, 4 * HUGE)

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from children import Crew, Mirror, in_child
-from conftest import FLAVOURS, PAGE, Flavour, libc, pages_of, private, use_flavour, write
+from conftest import PAGE, Flavour, flavours, libc, pages_of, private, use_flavour, write
 
 from pagemapcompat import ClosedError, DirtyTracker, FaultThreadError, KernelError
 
-SYNCHRONOUS = tuple(one for one in FLAVOURS if one.backend == "uffd-wp")
+pytestmark = pytest.mark.kernel
 
 
-@pytest.fixture(params=SYNCHRONOUS, ids=lambda one: one.name)
+@pytest.fixture(params=flavours("uffd-wp"))
 def uffd_wp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
     """Each generation of the backend that has a fault thread."""
     return use_flavour(request.param, monkeypatch)

@@ -136,6 +136,7 @@ def test_nothing_a_child_does_disturbs_the_parent(flavour: Flavour, deed: Callab
     in_child(check)
 
 
+@pytest.mark.kernel
 def test_a_child_that_holds_descriptors_leaves_no_writer_asleep(flavour: Flavour) -> None:
     """While others keep copies of every descriptor, closing a tracker, or a range, wakes its writers all the same."""
     memory = private(256)

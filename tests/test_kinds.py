@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PAGE, PRIVATE, Flavour, libc, pages_of, private, write
+from conftest import PAGE, PRIVATE, Flavour, lacking, libc, need_shared, pages_of, private, write
 
 from pagemapcompat import (
     AddressRange,
@@ -35,13 +35,13 @@ def pool() -> Iterator[None]:
     """At least eight free huge pages of 2 MiB."""
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     if facts.get("Hugepagesize", "").split()[:1] != [str(HUGE >> 10)]:
-        pytest.skip("no huge pages of 2 MiB (ENOENT); remedy: a kernel with CONFIG_HUGETLBFS")
+        lacking("hugetlb", "no huge pages of 2 MiB (ENOENT)", "a kernel with CONFIG_HUGETLBFS")
     before = POOL.read_text()
     if int(facts["HugePages_Free"].split()[0]) < 8:
         try:
             POOL.write_text("16")
         except OSError as error:
-            pytest.skip(f"no huge pages are reserved ({error.strerror}); remedy: sysctl vm.nr_hugepages=16")
+            lacking("hugetlb", f"no huge pages are reserved ({error.strerror})", "sysctl vm.nr_hugepages=16")
     yield
     if POOL.read_text() != before:
         POOL.write_text(before)
@@ -113,8 +113,7 @@ def test_hugetlb_begins_inside_a_huge_page(flavour: Flavour, pool: None, area: C
 
 def test_hugetlb_between_small_pages(flavour: Flavour, pool: None, area: Callable[..., AddressRange]) -> None:
     """One range of several kinds reports each in its own units."""
-    if hugetlb_refused(flavour):
-        pytest.skip("this generation takes no hugetlb memory (EINVAL); remedy: Linux 5.19 or newer")
+    need_shared()
     room = area(4 * HUGE_PAGES, libc.PROT_NONE)
     start = -(-room.start // HUGE) * HUGE
     libc.mmap(HUGE, address=start)
@@ -207,8 +206,7 @@ def test_many_mappings(tracker: DirtyTracker, area: Callable[..., AddressRange])
 
 def test_writes_through_another_mapping_are_not_seen(tracker: DirtyTracker) -> None:
     """Outside the promises: the mapping is tracked, not the file."""
-    if not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
-        pytest.skip("uffd-wp-hugetlbfs-shmem: shared memory is refused (EINVAL); remedy: Linux 5.19 or newer")
+    need_shared()
     fd = os.memfd_create("ram")
     os.ftruncate(fd, 8 * PAGE)
     with mmap.mmap(fd, 8 * PAGE) as watched, mmap.mmap(fd, 8 * PAGE) as other:
@@ -222,8 +220,7 @@ def test_writes_through_another_mapping_are_not_seen(tracker: DirtyTracker) -> N
 
 def test_a_punched_hole_keeps_its_mark(tracker: DirtyTracker) -> None:
     """Outside the promises: MADV_REMOVE changes the contents, not the mark."""
-    if not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
-        pytest.skip("uffd-wp-hugetlbfs-shmem: shared memory is refused (EINVAL); remedy: Linux 5.19 or newer")
+    need_shared()
     with mmap.mmap(-1, 8 * PAGE) as memory:
         write(memory, *range(8))
         with tracker.track(memory) as ram:

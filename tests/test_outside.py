@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PAGE, Flavour, claims, pages_of, private, write
+from conftest import PAGE, Flavour, claims, lacking, pages_of, private, write
 
 from pagemapcompat import Guarantee
 
@@ -73,7 +73,7 @@ def test_pages_pinned_before_they_were_protected(flavour: Flavour) -> None:
         try:
             ring = Ring(address + 2 * PAGE, PAGE)
         except OSError as error:
-            pytest.skip(f"io_uring is refused ({error.strerror}); remedy: sysctl kernel.io_uring_disabled=0, seccomp")
+            lacking("io-uring", f"refused ({error.strerror})", "sysctl kernel.io_uring_disabled=0; a seccomp profile")
         try:
             ram = tracker.track(memory)
             ring.read(file.fileno())
@@ -87,7 +87,7 @@ def test_pages_pinned_before_they_were_protected(flavour: Flavour) -> None:
 def test_pages_merged_by_the_kernel(flavour: Flavour) -> None:
     """One that is written again is reported where DISCARDS is promised; elsewhere its next write is."""
     if not os.access(KSM / "run", os.W_OK):
-        pytest.skip("KSM cannot be switched on (EACCES or ENOENT); remedy: root, and a kernel with CONFIG_KSM")
+        lacking("ksm", "it cannot be switched on (EACCES or ENOENT)", "root, and a kernel with CONFIG_KSM")
     before = {name: (KSM / name).read_text() for name in ("run", "sleep_millisecs", "pages_to_scan")}
     memory = private(64)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -104,7 +104,7 @@ def test_pages_merged_by_the_kernel(flavour: Flavour) -> None:
             deadline = time.monotonic() + MERGE_SECONDS
             while int((KSM / "pages_sharing").read_text()) < sharing + 32:
                 if time.monotonic() > deadline:
-                    pytest.skip(f"ksmd merged nothing in {MERGE_SECONDS} s (EAGAIN); remedy: an idle machine")
+                    lacking("ksm", f"ksmd merged nothing in {MERGE_SECONDS} s (EAGAIN)", "an idle machine")
                 os.sched_yield()
             (KSM / "run").write_text("0")
             wrote = write(memory, 3, 40)

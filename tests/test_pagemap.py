@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import PAGE, Flavour, lacking, libc, pages_of, private, write
+from conftest import PAGE, Flavour, disable, lacking, libc, need, pages_of, private, write
 
 from pagemapcompat import (
     AddressRange,
@@ -28,6 +28,8 @@ from pagemapcompat import (
     UnsupportedError,
     probe,
 )
+from pagemapcompat.abi import UffdFeature
+from pagemapcompat.userfaultfd import Way, open_userfaultfd
 
 pytestmark = pytest.mark.kernel
 
@@ -40,7 +42,7 @@ PRESENT = ScanQuery(all_of=C.PRESENT, report=TELLABLE)
 def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where answers come from."""
     if request.param == "words":
-        monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan")
+        disable(monkeypatch, "pagemap-scan")
     elif not (answer := probe()[Feature.PAGEMAP_SCAN]):
         lacking("pagemap-scan", answer.detail, answer.hint or "none")
     return str(request.param)
@@ -83,7 +85,7 @@ def test_both_sources_agree(area: Callable[..., AddressRange], monkeypatch: pyte
     shared = mmap.mmap(-1, 16 * PAGE)
     write(shared, 1, 5)
     with Pagemap() as by_ioctl:
-        monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan")
+        disable(monkeypatch, "pagemap-scan")
         with Pagemap() as by_words:
             for _ in range(200):
                 query = ScanQuery(
@@ -165,7 +167,7 @@ def test_our_own_registrations(flavour: Flavour) -> None:
 
 def test_wpallowed_by_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the ioctl WPALLOWED is what this library registered."""
-    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan")
+    disable(monkeypatch, "pagemap-scan")
     memory, other = private(8), private(8)
     with DirtyTracker() as tracker, Pagemap() as pagemap, tracker.track(memory):
         assert pages_of(pagemap.scan(memory, ScanQuery(all_of=C.WPALLOWED))) == set(range(8))
@@ -174,7 +176,7 @@ def test_wpallowed_by_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_words_refuse_what_they_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name, instead of guessing."""
-    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", "pagemap-scan")
+    disable(monkeypatch, "pagemap-scan")
     memory = private(4)
     with Pagemap() as pagemap:
         for category in (C.HUGE, C.PFNZERO):
@@ -182,7 +184,7 @@ def test_words_refuse_what_they_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> 
                 pagemap.scan(memory, ScanQuery(all_of=category))
     hidden = {"pagemap-uffd-wp": C.WRITTEN, "pagemap-soft-dirty": C.SOFT_DIRTY, "pagemap-guard": C.GUARD}
     for feature, category in hidden.items():
-        monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", f"pagemap-scan,{feature}")
+        disable(monkeypatch, "pagemap-scan", feature)
         with Pagemap() as pagemap, pytest.raises(UnsupportedError, match=str(category.name)):
             pagemap.scan(memory, ScanQuery(all_of=category))
 
@@ -209,6 +211,52 @@ def test_an_unknown_category_is_named() -> None:
         lacking("pagemap-scan", answer.detail, answer.hint or "none")
     with Pagemap() as pagemap, pytest.raises(UnsupportedError, match=str(1 << 40)):
         pagemap.scan(private(1), ScanQuery(report=C(1 << 40)))
+
+
+def test_categories_newer_than_our_names(area: Callable[..., AddressRange]) -> None:
+    """What the kernel knows and we do not passes through, alone and beside what we know; what it refuses is named."""
+    answer = probe()[Feature.PAGEMAP_SCAN]
+    if not answer:
+        lacking("pagemap-scan", answer.detail, answer.hint or "none")
+    memory, found = area(4), C(0)
+    libc.fill(memory.start, 4 * PAGE)
+    named = C(sum(C))
+    with Pagemap() as pagemap:
+        for bit in range(named.bit_length(), 64):
+            new = C(1 << bit)
+            try:
+                regions = list(pagemap.scan(memory, ScanQuery(all_of=C.PRESENT, report=C.PRESENT | new)))
+            except UnsupportedError as error:
+                assert str(1 << bit) in str(error)
+                continue
+            found |= new
+            assert [region.categories & C.PRESENT for region in regions] == [C.PRESENT] * len(regions)
+            assert all(
+                type(region.categories) is C and not region.categories & ~(C.PRESENT | new) for region in regions
+            )
+            with_it = pagemap.scan(memory, ScanQuery(all_of=new, report=new))
+            without = pagemap.scan(memory, ScanQuery(all_of=new, inverted=new, report=C.PRESENT))
+            assert with_it.pages + without.pages == 4
+            assert with_it.pages == 0 or with_it[0].categories == new
+    if not found:
+        lacking("unnamed-category", f"every category of this kernel has a name: {named!r}", "Linux 7.3 or newer")
+
+
+@pytest.mark.parametrize("way", Way, ids=lambda way: way.feature.value)
+def test_features_newer_than_our_names(way: Way) -> None:
+    """A handshake hands on every bit that the kernel sets, whatever it was asked for."""
+    need(way.feature)
+    offers = []
+    for asked in (UffdFeature(0), UffdFeature.PAGEFAULT_FLAG_WP):
+        fd, offered, attempt = open_userfaultfd(way, asked)
+        assert fd >= 0, attempt
+        os.close(fd)
+        assert type(offered) is UffdFeature
+        offers.append(offered)
+    assert offers[0] == offers[1]
+    newest_named = 1 << 16  # UFFD_FEATURE_MOVE, in kernel headers
+    if int(offers[0]) < newest_named << 1:
+        lacking("unnamed-uffd-feature", f"all that is offered has names: {int(offers[0]):#x}", "Linux 7.3 or newer")
 
 
 @pytest.fixture

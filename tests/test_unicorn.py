@@ -9,12 +9,25 @@ import socket
 from collections.abc import Iterable
 
 import pytest
-from conftest import CHILD_SECONDS, PAGE, Flavour, area, claims, libc, need, pages_of, private, write  # noqa: F401
+from conftest import (  # noqa: F401
+    CHILD_SECONDS,
+    PAGE,
+    Flavour,
+    area,
+    claims,
+    disable,
+    libc,
+    need,
+    need_shared,
+    pages_of,
+    private,
+    write,
+)
 from unicorn import UC_ARCH_X86, UC_HOOK_MEM_WRITE, UC_MODE_64, UC_PROT_ALL, Uc, UcError
 from unicorn.unicorn_const import UC_ERR_WRITE_UNMAPPED
 from unicorn.x86_const import UC_X86_REG_RAX, UC_X86_REG_RCX
 
-from pagemapcompat import DirtyTracker, Feature, Guarantee, TrackedRange, probe
+from pagemapcompat import DirtyTracker, Feature, Guarantee, TrackedRange
 
 pytestmark = pytest.mark.kernel
 
@@ -217,8 +230,7 @@ def test_what_the_kernel_fills_is_collected(
     """Where KERNEL_WRITES is promised; where it is not, the call fails with EFAULT, and nothing is changed."""
     if not privileged:
         need(Feature.UFFD_USER_MODE_ONLY)
-        disabled = ",".join((*flavour.disabled, "uffd-syscall", "uffd-device"))
-        monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", disabled)
+        disable(monkeypatch, *flavour.disabled, "uffd-syscall", "uffd-device")
     memory = private(64)
     write(memory, *range(10, 20))  # pages that are there, and pages that are not
     with flavour.tracker() as tracker, memoryview(memory) as view:
@@ -254,8 +266,7 @@ def test_the_kernel_fills_what_is_unprotected(flavour: Flavour) -> None:
 
 def test_guest_memory_that_is_shared(flavour: Flavour) -> None:
     """Guest RAM in a shared mapping is collected exactly, where shared memory can be tracked at all."""
-    if not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
-        pytest.skip("uffd-wp-hugetlbfs-shmem: shared memory is refused (EINVAL); remedy: Linux 5.19 or newer")
+    need_shared()
     dice = random.Random(4)
     memory = mmap.mmap(-1, 64 * PAGE)
     with flavour.tracker() as tracker:

@@ -53,8 +53,13 @@ static void log_write(struct pmc_tracker *tracker, uint64_t address)
 		}
 }
 
-// Un-protects the page at *address* and wakes whoever waits there. 0 or -errno.
-static int resolve(struct pmc_tracker *tracker, uint64_t address)
+struct span {
+	uint64_t start;
+	uint64_t end;
+};
+
+// Un-protects the page at *address* and wakes whoever waits there. *ret: where it woke them. 0 or -errno.
+static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *ret)
 {
 	uint64_t size = page_size_of(tracker);
 	uint64_t page = align_down(address, size);
@@ -74,10 +79,21 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address)
 	pmc_fair_unlock(&tracker->fault_lock);
 	atomic_fetch_add_explicit(&tracker->faults, 1, memory_order_relaxed);
 	// The mapping went away, or lost its registration: the writer must look again.
-	if (rc == -ENOENT || rc == -EINVAL)
-		rc = pmc_uffd_wake(tracker->uffd, align_down(address, page_size_of(tracker)),
-				   align_down(address, page_size_of(tracker)) + page_size_of(tracker));
+	if (rc == -ENOENT || rc == -EINVAL) {
+		size = page_size_of(tracker);
+		page = align_down(address, size);
+		rc = pmc_uffd_wake(tracker->uffd, page, page + size);
+	}
+	*ret = (struct span){ page, page + size };
 	return rc;
+}
+
+static bool contains(const struct span *spans, size_t count, uint64_t address)
+{
+	for (size_t i = 0; i < count; i++)
+		if (address >= spans[i].start && address < spans[i].end)
+			return true;
+	return false;
 }
 
 // Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it was called
@@ -86,8 +102,10 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address)
 static int serve(struct pmc_tracker *tracker)
 {
 	struct uffd_msg messages[MESSAGES];
+	struct span woken[MESSAGES];
 
 	for (;;) {
+		size_t answers = 0;
 		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
 		if (got < 0 && (errno == EINTR || errno == EAGAIN))
 			continue;
@@ -100,7 +118,11 @@ static int serve(struct pmc_tracker *tracker)
 			if (messages[i].event != UFFD_EVENT_PAGEFAULT)
 				return -EBADF;
 			uint64_t address = messages[i].arg.pagefault.address;
-			int rc = resolve(tracker, address);
+			// Its writer was woken with the one before, and may be through: by now the page may have been collected, and
+			// opening it again would make it one that was written. A message that is not read yet goes with its writer.
+			if (contains(woken, answers, address))
+				continue;
+			int rc = resolve(tracker, address, &woken[answers++]);
 			if (rc || align_down(address, page_size_of(tracker)) == (uint64_t)(uintptr_t)tracker->bell)
 				return rc;
 		}
@@ -134,7 +156,7 @@ static int hang_bell(struct pmc_tracker *tracker)
 	*tracker->bell = 0; // an empty page cannot be protected everywhere
 	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
 	int rc = pmc_uffd_register(tracker->uffd, bell, bell + size, &ioctls);
-	return rc ? rc : pmc_uffd_writeprotect(tracker->uffd, bell, bell + size, 1);
+	return rc ? rc : pmc_uffd_writeprotect(tracker->uffd, bell, bell + size, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
 int pmc_fault_thread_start(struct pmc_tracker *tracker)

@@ -211,9 +211,10 @@ static inline const struct piece *pmc_piece_at(const struct pmc_range *range, ui
 int pmc_uffd_wake(int uffd, uint64_t start, uint64_t end);
 // Whether the page at *address*, *size* bytes, has a userfaultfd: 1, 0 or -errno. Changes nothing, whatever the page holds.
 int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, uint64_t size);
-// Protects (or un-protects) every mapping in [start, end), holes skipped. -ENOENT: *untracked is the first address that is
-// mapped and not registered; everything before it is done.
-int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, int protect, uint64_t *untracked);
+// Protects (or un-protects) every mapping in [start, end), which lies in one piece of pages of 1 << unit_shift bytes, holes
+// skipped. -ENOENT: *untracked is the first address that is mapped and not registered; everything before it is done.
+int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint32_t unit_shift, int protect,
+		uint64_t *untracked);
 // Unregisters what is in [start, end), whatever else has been mapped there since, and wakes its waiters.
 int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t start, uint64_t end);
 

@@ -242,9 +242,10 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 	uint64_t pos = start, untracked = end;
 
 	while (pos < end && !rc) {
-		uint64_t to = min_u64(end, pmc_piece_at(range, pos)->end);
+		const struct piece *piece = pmc_piece_at(range, pos);
+		uint64_t to = min_u64(end, piece->end);
 		pmc_vmas_refresh(&tracker->vmas);
-		rc = pmc_protect(tracker, pos, to, 0, &untracked);
+		rc = pmc_protect(tracker, pos, to, piece->page_shift, 0, &untracked);
 		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to);
 		pos = rc == -ENOENT ? untracked : to;
 		rc = rc ? rc : owed;

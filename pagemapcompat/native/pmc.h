@@ -92,8 +92,8 @@ int pmc_uffd_handshake(int uffd, uint64_t features, uint64_t *granted);
 // Registers [start, end) for write-protect faults; *ioctls* is the kernel's answer.
 int pmc_uffd_register(int uffd, uint64_t start, uint64_t end, uint64_t *ioctls);
 int pmc_uffd_unregister(int uffd, uint64_t start, uint64_t end);
-// Protects, or with *protect* 0 un-protects and wakes, in exactly one ioctl.
-int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, int protect);
+// Exactly one ioctl. *mode* is UFFDIO_WRITEPROTECT_MODE_*: 1 protects, 0 un-protects and wakes.
+int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, uint64_t mode);
 // One PAGEMAP_SCAN. Returns the number of regions or -errno.
 int pmc_pagemap_scan(int pagemap, struct pm_scan_arg *arg);
 // 1 if this descriptor of /proc/PID/maps answers PROCMAP_QUERY, else -errno.

@@ -151,8 +151,8 @@ static uint64_t scan_twice(struct pmc_tracker *tracker, struct pm_scan_arg *arg,
 		arg->walk_end = take.walk_end;
 		for (uint64_t i = 0; engage && i < forgotten_count && forgotten[i].start < take.walk_end; i++) {
 			uint64_t untracked;
-			int rc = pmc_protect(tracker, forgotten[i].start, min_u64(forgotten[i].end, take.walk_end), 1,
-					     &untracked);
+			int rc = pmc_protect(tracker, forgotten[i].start, min_u64(forgotten[i].end, take.walk_end),
+					     tracker->page_shift, 1, &untracked);
 			// Lost its registration since the scan saw it: in this answer it is written, and the next scan says why.
 			if (rc && rc != -ENOENT && !*error)
 				*error = rc;

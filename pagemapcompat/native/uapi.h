@@ -142,6 +142,7 @@ struct uffdio_copy {
 
 #define UFFDIO_REGISTER_MODE_WP (1ull << 1)
 #define UFFDIO_WRITEPROTECT_MODE_WP (1ull << 0)
+#define UFFDIO_WRITEPROTECT_MODE_DONTWAKE (1ull << 1)
 #define UFFDIO_COPY_MODE_DONTWAKE (1ull << 0)
 
 #define UFFDIO_ZEROPAGE_BIT 0x04

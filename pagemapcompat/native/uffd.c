@@ -9,9 +9,6 @@
 
 #include "internal.h"
 
-// How often one look-up may find that the mappings changed between reading them and using what was read.
-#define RETRIES 64
-
 int pmc_uffd_open(int how)
 {
 	if (how == PMC_UFFD_DEVICE) {
@@ -61,11 +58,11 @@ int pmc_uffd_wake(int uffd, uint64_t start, uint64_t end)
 	return ioctl(uffd, UFFDIO_WAKE, &arg) ? -errno : 0;
 }
 
-int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, int protect)
+int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, uint64_t mode)
 {
 	struct uffdio_writeprotect arg = {
 		.range = { start, end - start },
-		.mode = protect ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
+		.mode = mode,
 	};
 	// EAGAIN only while an EVENT_* message is unread (mmap_changing), and none is ever asked for; EINTR is a signal.
 	int rc;
@@ -101,50 +98,58 @@ int pmc_madvise(uint64_t start, uint64_t end, int advice)
 }
 
 // One mapping after the other: what kernels before 6.4 need (a1b92a3f1498 let one call span mappings), and what finds the
-// culprit on any.
-static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t end, int protect, uint64_t *untracked)
+// culprit on any. They refuse also a mapping that was split since it was read, which another thread's mprotect may do again
+// and again; so a refusal is tried anew with half as much. A page is never split: refused twice, it is not registered.
+static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint64_t unit,
+			uint64_t mode, uint64_t *untracked)
 {
-	struct vmas *vmas = &tracker->vmas;
-	uint64_t pos = start, failed_start = 0, failed_end = 0;
+	uint64_t pos = start, most = UINT64_MAX, refused = UINT64_MAX;
 
-	for (unsigned retries = 0; pos < end;) {
+	while (pos < end) {
 		struct vma vma;
-		int rc = pmc_vmas_at(vmas, pos, &vma);
+		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
 		if (rc < 0)
 			return rc;
 		if (!rc || vma.start >= end)
 			return 0;
 		uint64_t from = max_u64(vma.start, pos), to = min_u64(vma.end, end);
-		rc = pmc_uffd_writeprotect(tracker->uffd, from, to, protect);
-		if (rc == -ENOENT) {
-			// Not registered, or no longer the mapping that was read: only if it is still the same it is the former.
-			if ((from == failed_start && to == failed_end) || ++retries > RETRIES) {
+		if (to - from > most)
+			to = from + most;
+		rc = pmc_uffd_writeprotect(tracker->uffd, from, to, mode);
+		if (rc && rc != -ENOENT)
+			return rc;
+		if (!rc) {
+			pos = to;
+			most = UINT64_MAX;
+			continue;
+		}
+		if (to - from <= unit) {
+			if (from == refused) {
 				*untracked = from;
 				return -ENOENT;
 			}
-			failed_start = from;
-			failed_end = to;
-			pmc_vmas_refresh(vmas);
-			continue;
+			refused = from;
 		}
-		if (rc)
-			return rc;
-		pos = to;
+		pmc_vmas_refresh(&tracker->vmas);
+		most = max_u64(align_down((to - from) / 2, unit), unit);
 	}
 	return 0;
 }
 
-int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, int protect, uint64_t *untracked)
+int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint32_t unit_shift, int protect,
+		uint64_t *untracked)
 {
+	// Only the fault thread wakes writers: it has read their messages, and would open, late, a page that is protected again by then.
+	uint64_t mode = protect ? UFFDIO_WRITEPROTECT_MODE_WP : UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
 	*untracked = end;
 	tracker->operation = "UFFDIO_WRITEPROTECT";
 	if (tracker->abilities & PMC_CAN_SPAN_VMAS) {
-		int rc = pmc_uffd_writeprotect(tracker->uffd, start, end, protect);
+		int rc = pmc_uffd_writeprotect(tracker->uffd, start, end, mode);
 		if (rc != -ENOENT)
 			return rc;
 		pmc_vmas_refresh(&tracker->vmas);
 	}
-	return protect_each(tracker, start, end, protect, untracked);
+	return protect_each(tracker, start, end, 1ull << unit_shift, mode, untracked);
 }
 
 int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t start, uint64_t end)

@@ -264,12 +264,12 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 				}
 		}
 		if (!rc && !whole)
-			rc = pmc_protect(tracker, from, to, 1, &untracked);
+			rc = pmc_protect(tracker, from, to, pass->unit_shift, 1, &untracked);
 		// After another error nobody knows how far it got: the run stays in the answer, protected or still written.
 		last = rc == -ENOENT ? untracked : to;
 	}
 	if (whole && !rc && *stop > pos) {
-		rc = pmc_protect(tracker, pos, *stop, 1, &untracked);
+		rc = pmc_protect(tracker, pos, *stop, pass->unit_shift, 1, &untracked);
 		last = rc == -ENOENT ? untracked : *stop;
 	}
 	if (rc) {
@@ -399,7 +399,7 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 		}
 		if (logs(tracker))
 			hold_fault_thread(tracker, &signals);
-		rc = pmc_protect(tracker, pos, to, 1, &untracked);
+		rc = pmc_protect(tracker, pos, to, piece->page_shift, 1, &untracked);
 		*walk_end = rc == -ENOENT ? untracked : rc ? pos : to;
 		if (logs(tracker)) {
 			pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *walk_end), false);

@@ -1,0 +1,114 @@
+"""Pages that the kernel swaps out keep what is known of them: written ones are reported, the others are not."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from struct import unpack
+
+import pytest
+from children import memory_of
+from conftest import PAGE, Flavour, lacking, pages_of, write
+
+from pagemapcompat import TrackedRange
+
+pytestmark = pytest.mark.kernel
+
+MADV_PAGEOUT = 21
+PRESENT = 1 << 63
+TRIES = 200
+PAGES = 64
+
+
+@pytest.fixture(autouse=True)
+def swap() -> None:
+    """Something to swap to."""
+    areas = Path("/proc/swaps").read_text().splitlines()[1:]
+    if not areas:
+        lacking("swap", "no swap area (ENOENT)", "swapon a file or a ram disk")
+
+
+@pytest.fixture(params=["private", "shared"])
+def memory(request: pytest.FixtureRequest, flavour: Flavour) -> mmap.mmap:
+    """Memory in which every page is in use."""
+    made = memory_of(request.param, PAGES)
+    made.madvise(mmap.MADV_NOHUGEPAGE)
+    write(made, *range(PAGES))
+    return made
+
+
+def swap_out(ram: TrackedRange, memory: mmap.mmap) -> None:
+    """Until no page is in memory. Advice, which the kernel follows as far as it can at the moment."""
+    for _ in range(TRIES):
+        memory.madvise(MADV_PAGEOUT)
+        with open("/proc/self/pagemap", "rb", buffering=0) as words:
+            data = os.pread(words.fileno(), 8 * PAGES, ram.range.start // PAGE * 8)
+        if not any(word & PRESENT for word in unpack(f"={PAGES}Q", data)):
+            return
+    pytest.fail(f"MADV_PAGEOUT left pages in memory, {TRIES} times")
+
+
+def test_written_pages_are_reported(flavour: Flavour, memory: mmap.mmap) -> None:
+    """Whether they are asked for while they are out or after they came back."""
+    with flavour.tracker() as tracker:
+        ram = tracker.track(memory)
+        wrote = write(memory, 3, 4, 60)
+        swap_out(ram, memory)
+        assert pages_of(ram.peek()) == wrote
+        assert memory[3 * PAGE] == 2
+        assert pages_of(ram.collect()) == wrote
+        assert pages_of(ram.collect()) == set()
+        wrote = write(memory, 4, 5)
+        swap_out(ram, memory)
+        assert pages_of(ram.collect()) == wrote
+        swap_out(ram, memory)
+        assert pages_of(ram.collect()) == set()
+
+
+def test_clean_pages_stay_clean(flavour: Flavour, memory: mmap.mmap) -> None:
+    """Going out and coming back by a read is no write; the first store afterwards is one."""
+    with flavour.tracker() as tracker:
+        ram = tracker.track(memory)
+        swap_out(ram, memory)
+        assert pages_of(ram.collect()) == set()
+        assert sum(memory[page * PAGE] for page in range(PAGES)) == PAGES
+        assert pages_of(ram.collect()) == set()
+        swap_out(ram, memory)
+        wrote = write(memory, 7, 8)
+        assert pages_of(ram.collect()) == wrote
+
+
+def test_pages_are_protected_while_they_are_out(flavour: Flavour, memory: mmap.mmap) -> None:
+    """By collect, reset and track; and let go by unprotect."""
+    with flavour.tracker() as tracker:
+        ram = tracker.track(memory)
+        swap_out(ram, memory)
+        ram.close()
+        again = tracker.track(memory)
+        wrote = write(memory, 0, 63)
+        swap_out(again, memory)
+        assert pages_of(again.collect()) == wrote
+        wrote = write(memory, 0)
+        assert pages_of(again.collect()) == wrote
+        write(memory, *range(10, 20))
+        swap_out(again, memory)
+        again.reset()
+        wrote = write(memory, 12)
+        assert pages_of(again.collect()) == wrote
+        swap_out(again, memory)
+        again.unprotect(20 * PAGE, 22 * PAGE)
+        assert pages_of(again.collect()) == {20, 21}
+
+
+def test_discarded_while_they_are_out(flavour: Flavour, memory: mmap.mmap) -> None:
+    """A private page loses its contents, and is reported; a shared one keeps them."""
+    with flavour.tracker() as tracker:
+        ram = tracker.track(memory)
+        swap_out(ram, memory)
+        memory.madvise(mmap.MADV_DONTNEED, 8 * PAGE, 4 * PAGE)
+        changed = pages_of(ram.collect())
+        contents = [memory[page * PAGE] for page in range(8, 12)]
+        assert (changed, contents) in (({8, 9, 10, 11}, [0] * 4), (set(), [1] * 4))
+        wrote = write(memory, 9)
+        assert pages_of(ram.collect()) == wrote
