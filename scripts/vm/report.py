@@ -1,0 +1,236 @@
+"""What a guest found against what tests/kernels.toml expects of it, and the support matrix."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vm.qemu import Guest
+
+USERS = ("root", "nobody")
+RESOURCES = {"root": ["swap", "hugetlb", "io-uring", "ksm"], "nobody": ["swap", "hugetlb", "io-uring"]}
+"""What each guest gives its tests, so that nothing there may be missed for the lack of it."""
+GUARANTEES = ("EXACT", "ATOMIC_COLLECT", "KERNEL_WRITES", "DISCARDS", "NO_HELPER_THREAD")
+BEGIN, END = "<!-- matrix, by scripts/vm_matrix --write -->", "<!-- end of matrix -->"
+
+
+@attrs.frozen
+class Kernel:
+    """One entry of tests/kernels.toml."""
+
+    name: str
+    package: str
+    yes: list[str]
+    no: list[str]
+    root: dict[str, str]
+    nobody: dict[str, str]
+    denied: list[str] = attrs.field(factory=list)
+    disable: list[str] = attrs.field(factory=list)
+    expect: list[str] = attrs.field(factory=list)
+    refuse_ioctls: bool = False
+    about: str = ""
+
+    def states(self, who: str) -> dict[str, str]:
+        """What each feature must be answered."""
+        named = {**dict.fromkeys(self.yes, "yes"), **dict.fromkeys(self.no, "no")}
+        if who == "nobody":
+            named |= dict.fromkeys(self.denied, "denied")
+        return named | dict.fromkeys(self.disable, "disabled")
+
+    def backends(self, who: str) -> dict[str, set[str]]:
+        """The backends that must work, and what each must guarantee."""
+        named = self.root if who == "root" else self.nobody
+        return {name: set(guarantees.split()) for name, guarantees in named.items()}
+
+    def settings(self, options: list[str]) -> dict[str, Any]:
+        """What `guest` reads."""
+        expect = {
+            who: [
+                *(name for name, state in self.states(who).items() if state == "yes"),
+                *self.backends(who),
+                *RESOURCES[who],
+                *self.expect,
+            ]
+            for who in USERS
+        }
+        return {
+            "disable": self.disable,
+            "refuse_ioctls": self.refuse_ioctls,
+            "expect": expect,
+            "pytest": options,
+        }
+
+
+@attrs.frozen
+class Half:
+    """What one user found in one guest."""
+
+    who: str
+    found: dict[str, Any]
+    tests: dict[tuple[str, str | None], tuple[str, str]]
+    """(outcome, why) by (test, backend)."""
+    last: str | None
+    """What ran when it ended without a status."""
+    status: int | None
+    cpu: int
+
+    @classmethod
+    def of(cls, guest: Guest, who: str) -> Half:
+        """Its events, put together."""
+        events = [event for event in guest.events if event.get("who") == who]
+        found: dict[str, Any] = {"release": "?", "features": {}, "backends": {}}
+        tests: dict[tuple[str, str | None], tuple[str, str]] = {}
+        last, status, cpu = None, None, 0
+        for event in events:
+            if "features" in event:
+                found = event
+            elif "starts" in event:
+                last = event["starts"]
+            elif "test" in event:
+                key = event["test"], event["backend"]
+                if tests.get(key, ("passed", ""))[0] != "failed":  # a tear-down does not mend a test
+                    tests[key] = event["outcome"], event["why"]
+            elif "status" in event:
+                status, cpu = event["status"], event["cpu"]
+        return cls(who, found, tests, last, status, cpu)
+
+    def counts(self, backend: str | None) -> Counter[str]:
+        """Tests by outcome; None for those that are no backend's."""
+        return Counter(outcome for (_, of), (outcome, _) in self.tests.items() if of == backend)
+
+    def skips(self, backend: str | None) -> Counter[str]:
+        """Why tests were skipped, and how many."""
+        return Counter(why for (_, of), (outcome, why) in self.tests.items() if of == backend and outcome == "skipped")
+
+
+def judge(kernel: Kernel, guest: Guest) -> list[str]:
+    """What is wrong."""
+    wrong: list[str] = []
+    halves = [Half.of(guest, who) for who in USERS]
+    if not guest.over:
+        tail = "\n".join(guest.console.splitlines()[-40:])
+        running = [half.last for half in halves if half.status is None and half.last]
+        what = "hung" if guest.hung else "panicked or stopped"
+        wrong.append(f"the guest {what}{f' in {running[-1]}' if running else ''}; its console ends\n{tail}")
+    for half in halves:
+        about = [*_features(kernel, half), *_backends(kernel, half)]
+        about += [f"{test}\n{why}" for (test, _), (outcome, why) in half.tests.items() if outcome == "failed"]
+        if half.status:
+            about.append(f"pytest ended with {half.status}")
+        wrong += [f"as {half.who}: {text}" for text in about]
+    return wrong
+
+
+def _features(kernel: Kernel, half: Half) -> Iterator[str]:
+    found = half.found["features"]
+    for name, state in kernel.states(half.who).items():
+        # What needs something that is not there is unknown, and so not there.
+        if found.get(name) not in ({"no", "unknown"} if state == "no" else {state}):
+            yield f"{name} is {found.get(name)}, not {state}"
+
+
+def _backends(kernel: Kernel, half: Half) -> Iterator[str]:
+    expected, found = kernel.backends(half.who), half.found["backends"]
+    for name, answer in found.items():
+        if name not in expected and isinstance(answer, list):
+            yield f"{name} works, which nobody expected"
+    for name, guarantees in expected.items():
+        answer = found.get(name)
+        if not isinstance(answer, list) or set(answer) != guarantees:
+            yield f"{name} guarantees {answer}, not {sorted(guarantees)}"
+        if not half.counts(name)["passed"]:
+            yield f"no test of {name} passed"
+
+
+def kernel_complaints(guest: Guest) -> list[str]:
+    """Warnings of the kernel itself."""
+    return sorted(set(re.findall(r"(?:WARNING|BUG|Oops|general protection fault)[: ].*", guest.console)))
+
+
+# ---- The matrix ------------------------------------------------------------------------------------------------
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(map(_row, [head, ["---"] * len(head), *rows]))
+
+
+def _cell(root: str, nobody: str) -> str:
+    """One feature on one kernel."""
+    short = {"no": "-", "unknown": "-", "disabled": "off"}
+    one, two = short.get(root, root), short.get(nobody, nobody)
+    if one == two:
+        return one
+    return "root" if (one, two) == ("yes", "denied") else f"{one}, nobody: {two}"
+
+
+def _column(kernel: Kernel, guest: Guest) -> str:
+    release = Half.of(guest, "root").found["release"]
+    return release if release.startswith(kernel.name) else f"{kernel.name} ({release})"
+
+
+def feature_table(guests: dict[str, tuple[Kernel, Guest]]) -> str:
+    """Features by kernel."""
+    halves = [[Half.of(guest, who).found["features"] for who in USERS] for _, guest in guests.values()]
+    names = list(dict.fromkeys(name for pair in halves for half in pair for name in half))
+    head = ["feature", *(_column(*pair) for pair in guests.values())]
+    return _table(
+        head, [[name, *(_cell(*(half.get(name, "?") for half in pair)) for pair in halves)] for name in names]
+    )
+
+
+def test_table(guests: dict[str, tuple[Kernel, Guest]], unserved: list[str]) -> str:
+    """Guarantees and tests by kernel, user and backend."""
+    rows = []
+    for kernel, guest in guests.values():
+        for who in USERS:
+            half = Half.of(guest, who)
+            for backend in ("pagemap-scan", "uffd-wp", None):
+                counts = half.counts(backend)
+                answer = half.found["backends"].get(backend) if backend else None
+                works = isinstance(answer, list)
+                if backend and not works:
+                    promises = "not there"
+                else:
+                    promises = " ".join(name for name in GUARANTEES if works and name in answer)
+                numbers = [str(counts[outcome]) for outcome in ("passed", "failed", "skipped")]
+                if backend and not works and not counts["passed"] + counts["failed"]:
+                    numbers[2] = "all"
+                why = "" if backend and not works else _reasons(half.skips(backend))
+                rows.append([_column(kernel, guest), who, backend or "neither", promises, *numbers, why])
+    rows += [
+        [f"**{name}**", "", "", "**NO SUITE SERVES THIS KERNEL ANY MORE: not run**", "", "", "", ""]
+        for name in unserved
+    ]
+    return _table(["kernel", "as", "backend", "guarantees", "passed", "failed", "skipped", "why skipped"], rows)
+
+
+def _reasons(skips: Counter[str]) -> str:
+    short = Counter[str]()
+    for why, count in skips.items():
+        short[why.partition("; remedy")[0].replace("|", "/")] += count
+    return "; ".join(f"{count}: {why}" for why, count in short.most_common())
+
+
+def matrix(guests: dict[str, tuple[Kernel, Guest]], unserved: list[str]) -> str:
+    """All of it, in Markdown."""
+    notes = [f"{kernel.name}: {kernel.about}." for kernel, _ in guests.values() if kernel.about]
+    return "\n\n".join([feature_table(guests), *notes, test_table(guests, unserved)])
+
+
+def put_into(text: str, table: str) -> str:
+    """A document with its matrix replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"there is no line {BEGIN} followed by {END}")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
