@@ -93,7 +93,7 @@ def need(*features: Feature) -> None:
         result = probe()[feature]
         if not result and result.state != "disabled":
             error = errorcode.get(result.errno or 0, "no errno")
-            lacking(feature.value, f"{result.state}, {error}, {result.detail}", result.hint or "none")
+            lacking(feature.value, f"{result.state}, {error}", result.hint or "none")
 
 
 def need_shared() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from pathlib import Path
@@ -39,9 +40,16 @@ def memory(request: pytest.FixtureRequest, flavour: Flavour) -> mmap.mmap:
 
 
 def swap_out(ram: TrackedRange, memory: mmap.mmap) -> None:
-    """Until no page is in memory. Advice, which the kernel follows as far as it can at the moment."""
-    for _ in range(TRIES):
+    """Until no page is in memory. Advice, which the kernel follows as far as it can at the moment.
+
+    It cannot move a page that waits in some CPU's list of new ones, and empties that of the CPU it runs on alone
+    (mm/madvise.c, madvise_pageout: lru_add_drain).
+    """
+    allowed = os.sched_getaffinity(0)
+    for _, cpu in zip(range(TRIES), itertools.cycle(allowed), strict=False):
+        os.sched_setaffinity(0, {cpu})
         memory.madvise(MADV_PAGEOUT)
+        os.sched_setaffinity(0, allowed)
         with open("/proc/self/pagemap", "rb", buffering=0) as words:
             data = os.pread(words.fileno(), 8 * PAGES, ram.range.start // PAGE * 8)
         if not any(word & PRESENT for word in unpack(f"={PAGES}Q", data)):

@@ -79,7 +79,7 @@ def test_all_is_well() -> None:
     assert "| uffd-syscall | root |" in table
     assert "| pagemap-scan-holes | - |" in table
     assert "| 9.9.1 | root | uffd-wp | EXACT DISCARDS | 1 | 0 | 1 | 1: swap: no swap |" in table
-    assert "| 9.9.1 | root | pagemap-scan | not there | 0 | 0 | all |  |" in table
+    assert "| 9.9.1 | root | pagemap-scan | not there | - | - | all | ENOTTY: there is none |" in table
     assert "| 9.9.1 | nobody | neither |  | 1 | 0 | 0 |  |" in table
     assert "| **5.10** |" in table
     assert "NO SUITE SERVES THIS KERNEL ANY MORE" in table

@@ -13,6 +13,7 @@ import os
 import re
 import struct
 import sys
+from errno import errorcode
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -102,8 +103,8 @@ def findings() -> dict[str, Any]:
         try:
             with pagemapcompat.DirtyTracker(name) as tracker:
                 backends[name] = sorted(str(guarantee.name) for guarantee in tracker.selection.guarantees)
-        except pagemapcompat.PagemapCompatError as error:
-            backends[name] = str(error)
+        except pagemapcompat.KernelError as error:
+            backends[name] = f"{errorcode.get(error.errno or 0, error.errno)}: {error.strerror}"
     features = {name: answer["state"] for name, answer in pagemapcompat.probe().as_dict().items()}
     # Debian's names say less than the release they were built from: "5.10.0-46-cloud-amd64" is 5.10.262.
     built_from = re.search(r"Debian (\d[\d.]*\d)", os.uname().version)
