@@ -277,31 +277,60 @@ def test_two_threads_close_at_once(flavour: Flavour) -> None:
     in_child(check)
 
 
+def hold_fault_thread_back() -> None:
+    """On one CPU, and with every other thread before it, it goes on only once all others sleep."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    (thread,) = (task for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat")
+    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+
+
+def name_of(task: str) -> str:
+    """Of a thread."""
+    with open(f"/proc/self/task/{task}/comm", encoding="ascii") as comm:
+        return comm.read().rstrip()
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("flavour", flavours("uffd-wp"), indirect=True)
 def test_a_late_answer_opens_no_page(flavour: Flavour) -> None:
-    """All writers of one page are woken by the answer to the first; the fault thread must not answer the others late.
-
-    On one CPU, and with every other thread before it, the fault thread comes to its second message only once the page
-    was collected.
-    """
+    """All writers of one page are woken by the answer to the first; the fault thread must not answer the rest late."""
     memory = private(8)
 
     def check() -> None:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         with flavour.tracker() as tracker:
             ram = tracker.track(memory)
-            for task in os.listdir("/proc/self/task"):
-                with open(f"/proc/self/task/{task}/comm", encoding="ascii") as comm:
-                    if comm.read() == "pagemapcompat\n":
-                        os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
-            for _ in range(30):
+            hold_fault_thread_back()
+            for _ in range(150):
                 crew = Crew()
                 for _ in range(4):
                     crew.add(libc.fill, ram.range.start + 3 * PAGE)
                 crew.join()
                 assert pages_of(ram.collect()) == {3}
                 wrote = write(memory, 6)  # waits until the fault thread is through with what came before
+                assert pages_of(ram.collect()) == wrote
+
+    in_child(check)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("flavour", flavours("uffd-wp"), indirect=True)
+def test_unprotect_wakes_nobody_whose_answer_is_on_its_way(flavour: Flavour) -> None:
+    """Else the writer would be through, its page collected, and then opened by that answer."""
+    memory = private(8)
+
+    def check() -> None:
+        with flavour.tracker() as tracker:
+            ram = tracker.track(memory)
+            hold_fault_thread_back()
+            for _ in range(150):
+                crews = [Crew(), Crew()]
+                for crew, page in zip(crews, (3, 4), strict=True):
+                    crew.add(libc.fill, ram.range.start + page * PAGE)
+                crews[0].join()  # as soon as the first of two messages is answered
+                ram.unprotect(4 * PAGE, 5 * PAGE)
+                crews[1].join()
+                assert pages_of(ram.collect()) == {3, 4}
+                wrote = write(memory, 6)
                 assert pages_of(ram.collect()) == wrote
 
     in_child(check)

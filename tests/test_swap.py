@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import mmap
 import os
@@ -10,7 +11,7 @@ from struct import unpack
 
 import pytest
 from children import memory_of
-from conftest import PAGE, Flavour, lacking, pages_of, write
+from conftest import PAGE, PRIVATE, Flavour, lacking, pages_of, write
 
 from pagemapcompat import TrackedRange
 
@@ -24,10 +25,15 @@ PAGES = 64
 
 @pytest.fixture(autouse=True)
 def swap() -> None:
-    """Something to swap to."""
-    areas = Path("/proc/swaps").read_text().splitlines()[1:]
-    if not areas:
+    """Something to swap to, for this process too."""
+    if not Path("/proc/swaps").read_text().splitlines()[1:]:
         lacking("swap", "no swap area (ENOENT)", "swapon a file or a ram disk")
+    with mmap.mmap(-1, PAGES * PAGE, flags=PRIVATE) as plain:
+        plain.madvise(mmap.MADV_NOHUGEPAGE)
+        write(plain, *range(PAGES))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(plain))
+        if not goes_out(plain, address):
+            lacking("swap", "nothing is swapped out (ENOMEM)", "room in it, and a memory.swap.max above 0")
 
 
 @pytest.fixture(params=["private", "shared"])
@@ -39,8 +45,8 @@ def memory(request: pytest.FixtureRequest, flavour: Flavour) -> mmap.mmap:
     return made
 
 
-def swap_out(ram: TrackedRange, memory: mmap.mmap) -> None:
-    """Until no page is in memory. Advice, which the kernel follows as far as it can at the moment.
+def goes_out(memory: mmap.mmap, address: int) -> bool:
+    """Ask for it until no page is in memory. It is advice, which the kernel follows as far as it can at the moment.
 
     It cannot move a page that waits in some CPU's list of new ones, and empties that of the CPU it runs on alone
     (mm/madvise.c, madvise_pageout: lru_add_drain).
@@ -51,10 +57,15 @@ def swap_out(ram: TrackedRange, memory: mmap.mmap) -> None:
         memory.madvise(MADV_PAGEOUT)
         os.sched_setaffinity(0, allowed)
         with open("/proc/self/pagemap", "rb", buffering=0) as words:
-            data = os.pread(words.fileno(), 8 * PAGES, ram.range.start // PAGE * 8)
+            data = os.pread(words.fileno(), 8 * PAGES, address // PAGE * 8)
         if not any(word & PRESENT for word in unpack(f"={PAGES}Q", data)):
-            return
-    pytest.fail(f"MADV_PAGEOUT left pages in memory, {TRIES} times")
+            return True
+    return False
+
+
+def swap_out(ram: TrackedRange, memory: mmap.mmap) -> None:
+    """Empty the range."""
+    assert goes_out(memory, ram.range.start), f"MADV_PAGEOUT left pages in memory, {TRIES} times"
 
 
 def test_written_pages_are_reported(flavour: Flavour, memory: mmap.mmap) -> None:

@@ -99,7 +99,8 @@ int pmc_madvise(uint64_t start, uint64_t end, int advice)
 
 // One mapping after the other: what kernels before 6.4 need (a1b92a3f1498 let one call span mappings), and what finds the
 // culprit on any. They refuse also a mapping that was split since it was read, which another thread's mprotect may do again
-// and again; so a refusal is tried anew with half as much. A page is never split: refused twice, it is not registered.
+// and again; so a refusal is tried anew with what is mapped now, then with half as much. A page is never split: refused again,
+// it is not registered.
 static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint64_t unit,
 			uint64_t mode, uint64_t *untracked)
 {
@@ -123,15 +124,14 @@ static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t en
 			most = UINT64_MAX;
 			continue;
 		}
-		if (to - from <= unit) {
-			if (from == refused) {
-				*untracked = from;
-				return -ENOENT;
-			}
-			refused = from;
+		if (from == refused && to - from <= unit) {
+			*untracked = from;
+			return -ENOENT;
 		}
+		if (from == refused)
+			most = max_u64(align_down((to - from) / 2, unit), unit);
+		refused = from;
 		pmc_vmas_refresh(&tracker->vmas);
-		most = max_u64(align_down((to - from) / 2, unit), unit);
 	}
 	return 0;
 }

@@ -2,7 +2,7 @@
 
 Nothing is installed and no root is needed: kernels are downloaded with apt into ~/.cache/pagemapcompat, checked against
 the archive's signatures, unpacked, and booted by qemu in software emulation. It takes qemu-system-x86, busybox-static
-and the .venv that scripts/test makes; half an hour on two CPUs.
+and the .venv that scripts/test makes; twenty minutes on two CPUs.
 
 Exits with 0 when every kernel that can still be had passed, 1 when the library failed on one, 2 when this machine could
 not run the matrix. PAGEMAPCOMPAT_SKIP_VM=1 skips it, PAGEMAPCOMPAT_VM_SECONDS (600) is how long a guest may be silent.
@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
+import subprocess
 import sys
 import tempfile
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import attrs
 
 from vm import archive, initramfs, machine, qemu, report
 
@@ -51,28 +53,54 @@ def arguments(names: list[str]) -> argparse.Namespace:
     return chosen
 
 
-def boot_all(
-    kernels: list[report.Kernel], options: list[str]
-) -> tuple[dict[str, tuple[report.Kernel, qemu.Guest]], list[str]]:
-    """Boot them, as many at once as there are CPUs. Guests by name, and the kernels that could not be had."""
+@attrs.define
+class Outcome:
+    """What came of all kernels."""
+
+    guests: dict[str, tuple[report.Kernel, qemu.Guest]] = attrs.field(factory=dict)
+    unserved: list[str] = attrs.field(factory=list)
+    """No suite has them any more."""
+    notes: dict[str, str] = attrs.field(factory=dict)
+    """On where a kernel came from."""
+    machine: list[str] = attrs.field(factory=list)
+    """What this machine could not do."""
+
+
+def find(kernels: list[report.Kernel], outcome: Outcome) -> dict[str, archive.Image]:
+    """The images to boot, by name."""
     say("Looking for kernels ...")
     source = archive.Archive()
-    images = {kernel.name: source.kernel(kernel.package) for kernel in kernels}
-    for complaint in source.complaints:
-        say(f"    {complaint}")
-    unserved = [name for name, image in images.items() if image is None]
-    if len(unserved) == len(kernels):
-        raise machine.MachineError("no kernel could be had at all; is there a network?")
+    images = {}
+    for kernel in kernels:
+        try:
+            image = source.kernel(kernel.package)
+        except machine.MachineError as error:
+            outcome.machine.append(f"{kernel.name} could not be had: {error}")
+            continue
+        if image is None:
+            outcome.unserved.append(kernel.name)
+            continue
+        images[kernel.name] = image
+        if image.note:
+            outcome.notes[kernel.name] = f"{image.note}; it was kept by an earlier run"
+    return images
+
+
+def boot_all(kernels: list[report.Kernel], options: list[str]) -> Outcome:
+    """Boot them, several at once. A guest that this machine could not run leaves the others alone."""
+    outcome = Outcome()
+    images = find(kernels, outcome)
+    if not images:
+        return outcome
     say("Packing Python, the wheel and the tests ...")
-    guests = {}
     logs = machine.CACHE / "logs"
     logs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         base = initramfs.base(scratch)
 
         def run(kernel: report.Kernel, image: archive.Image) -> qemu.Guest:
-            say(f"{kernel.name}: booting {image.package}{'' if image.served else ', WHICH NO SUITE SERVES ANY MORE'}")
+            say(f"{kernel.name}: booting {image.package}{f' ({image.note.upper()})' if image.note else ''}")
             settings = json.dumps(kernel.settings(options)).encode()
             guest = qemu.boot(image.vmlinuz, base + initramfs.addition(image.ramdisk, settings), scratch / kernel.name)
             (logs / f"{kernel.name}.console").write_text(guest.console)
@@ -83,14 +111,33 @@ def boot_all(
             say(f"{kernel.name}: {state}, {ran}; see {logs / kernel.name}.console")
             return guest
 
-        running = {
-            kernel.name: (kernel, pool.submit(run, kernel, image))
-            for kernel in kernels
-            if (image := images[kernel.name]) is not None
-        }
-        for name, (kernel, guest) in running.items():
-            guests[name] = kernel, guest.result()
-    return guests, unserved
+        pool = ThreadPoolExecutor(machine.guests_at_once())
+        try:
+            started = [
+                (kernel, pool.submit(run, kernel, images[kernel.name])) for kernel in kernels if kernel.name in images
+            ]
+            for kernel, guest in started:
+                try:
+                    outcome.guests[kernel.name] = kernel, guest.result()
+                except (machine.MachineError, OSError) as error:
+                    outcome.machine.append(f"{kernel.name} could not be run: {error}")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return outcome
+
+
+def tell(outcome: Outcome) -> list[str]:
+    """Print the matrix and what the kernels complained of. Returns what failed."""
+    say(f"\n{report.matrix(outcome.guests, outcome.unserved, outcome.notes)}")
+    failures = [f"{name}: {wrong}" for name, pair in outcome.guests.items() for wrong in report.judge(*pair)]
+    for name, (_, guest) in outcome.guests.items():
+        for complaint in report.kernel_complaints(guest):
+            say(f"\n{name}: the kernel itself complained: {complaint}")
+    for failure in failures:
+        say(f"\nFAILED {failure}")
+    for text in outcome.machine:
+        print(f"vm_matrix: {text}", file=sys.stderr)
+    return failures
 
 
 def main() -> int:
@@ -99,28 +146,23 @@ def main() -> int:
         entry["name"]: report.Kernel(**entry) for entry in tomllib.loads(KERNELS.read_text(encoding="utf-8"))["kernel"]
     }
     chosen = arguments(list(kernels))
+    document = README.read_text(encoding="utf-8")
+    report.put_into(document, "")  # fails now, and not in the end
     try:
         machine.check()
-        wanted = [kernels[name] for name in chosen.kernel or kernels]
-        guests, unserved = boot_all(wanted, shlex.split(chosen.pytest))
-    except machine.MachineError as error:
+        qemu.silence()
+        outcome = boot_all([kernels[name] for name in chosen.kernel or kernels], shlex.split(chosen.pytest))
+    except (machine.MachineError, OSError, subprocess.SubprocessError) as error:
         print(f"vm_matrix: {error}", file=sys.stderr)
         return 2
-    table = report.matrix(guests, unserved)
-    say(f"\n{table}")
-    failures = [(name, wrong) for name, pair in guests.items() for wrong in report.judge(*pair)]
-    for name, (_, guest) in guests.items():
-        for complaint in report.kernel_complaints(guest):
-            say(f"\n{name}: the kernel itself complained: {complaint}")
-    for name, wrong in failures:
-        say(f"\nFAILED {name}: {wrong}")
-    if failures:
+    if tell(outcome):
         return 1
-    if not chosen.kernel and len(guests) < ENOUGH:
-        print(f"vm_matrix: only {len(guests)} kernels can be had; see tests/kernels.toml", file=sys.stderr)
+    if outcome.machine:
         return 2
-    document = README.read_text(encoding="utf-8")
-    renewed = report.put_into(document, table)
+    if not chosen.kernel and len(outcome.guests) < ENOUGH:
+        print(f"vm_matrix: only {len(outcome.guests)} kernels can be had; see tests/kernels.toml", file=sys.stderr)
+        return 2
+    renewed = report.put_into(document, report.matrix(outcome.guests, outcome.unserved, outcome.notes))
     if chosen.write:
         README.write_text(renewed, encoding="utf-8")
     elif not chosen.kernel and not chosen.pytest and renewed != document:

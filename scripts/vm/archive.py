@@ -14,6 +14,7 @@ import attrs
 
 from vm.machine import CACHE, KEYRING, MachineError, run
 
+KERNELS = CACHE / "kernels"
 SUITES = (
     ("http://deb.debian.org/debian-security", "bullseye-security"),
     ("http://deb.debian.org/debian-security", "bookworm-security"),
@@ -23,6 +24,8 @@ SUITES = (
 )
 PARTS = re.compile(r"Depends: (linux-(?:binary|modules)-\S+)")
 """From 7.0 on, linux-image-* is empty, and depends on where its image and its modules are."""
+GONE = re.compile(r"\b404\b|no longer has a Release file|does not have a Release file")
+"""What apt says of something that a mirror answers for, and does not have."""
 
 
 @attrs.frozen
@@ -33,19 +36,23 @@ class Image:
     vmlinuz: Path
     ramdisk: Path
     """Its brd.ko, for swap."""
-    served: bool
-    """Whether a suite still has it; else it comes from an earlier run."""
+    note: str
+    """Where it comes from, if not from a suite of today."""
 
 
-class Archive:
-    """The kernels of every suite. What was unpacked once is kept, and found again without a network."""
+class Suite:
+    """One suite, asked now: an index of an earlier run says nothing of what is served today.
 
-    def __init__(self) -> None:
-        apt = CACHE / "apt"
+    Raises:
+        MachineError: It could not be asked.
+    """
+
+    def __init__(self, url: str, name: str) -> None:
+        self.name = name
+        apt = CACHE / "apt" / name
         for folder in ("lists/partial", "cache/archives/partial"):
             (apt / folder).mkdir(parents=True, exist_ok=True)
-        sources = [f"deb [signed-by={KEYRING}] {url} {suite} main\n" for url, suite in SUITES]
-        (apt / "sources.list").write_text("".join(sources))
+        (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {url} {name} main\n")
         settings = {
             "Dir::Etc::sourcelist": apt / "sources.list",
             "Dir::Etc::sourceparts": "-",
@@ -57,48 +64,83 @@ class Archive:
             "Acquire::AllowInsecureRepositories": "false",
             "Acquire::Languages": "none",
             "APT::Sandbox::User": "",
+            "APT::Update::Error-Mode": "any",
         }
         (apt / "apt.conf").write_text("".join(f'{key} "{value}";\n' for key, value in settings.items()))
         self._env = {**os.environ, "APT_CONFIG": str(apt / "apt.conf")}
-        # A suite that is gone, or cannot be reached, must not hide the others.
-        done = subprocess.run(["apt-get", "update", "-q"], env=self._env, capture_output=True, text=True, check=False)
-        self.complaints = [line for line in done.stderr.splitlines() if line.startswith(("E:", "W:"))]
-        listed = run("apt-cache", "search", "--names-only", "^linux-image-[0-9]", env=self._env)
-        self._served = {line.split()[0] for line in listed.splitlines()}
+        self.kernels: set[str] = set()
+        """The packages it serves."""
+        if self._apt("update"):
+            listed = run("apt-cache", "search", "--names-only", "^linux-image-[0-9]", env=self._env)
+            self.kernels = {line.split()[0] for line in listed.splitlines()}
+
+    def _apt(self, *arguments: str, cwd: Path | None = None) -> bool:
+        """Run apt-get. False if the mirror has no such thing."""
+        command = ["apt-get", "-q", *arguments]
+        done = subprocess.run(command, cwd=cwd, env=self._env, capture_output=True, text=True, check=False)
+        if done.returncode and not GONE.search(done.stderr):
+            raise MachineError(f"{self.name}: {' '.join(command)} failed\n{done.stderr.strip()}")
+        return not done.returncode
+
+    def unpack(self, package: str, into: Path) -> bool:
+        """Download a kernel and what it is made of. False if the index names what is there no more."""
+        depends = run("apt-cache", "depends", package, env=self._env)
+        if not all(self._apt("download", part, cwd=into) for part in (package, *PARTS.findall(depends))):
+            return False
+        for deb in into.glob("*.deb"):
+            run("dpkg-deb", "-x", deb, into / "root")
+        return True
+
+
+class Archive:
+    """Every suite that could be asked. What was unpacked once is kept, and found again without a network."""
+
+    def __init__(self) -> None:
+        self.suites: list[Suite] = []
+        self.unasked: list[MachineError] = []
+        for url, name in SUITES:
+            try:
+                self.suites.append(Suite(url, name))
+            except MachineError as error:
+                self.unasked.append(error)
 
     def kernel(self, pattern: str) -> Image | None:
-        """The highest version whose package name matches; None where no suite has one and no earlier run left one."""
-        kept = {vmlinuz.parent.name for vmlinuz in (CACHE / "kernels").glob("*/vmlinuz")}
-        names = sorted((name for name in self._served | kept if re.fullmatch(pattern, name)), key=_version)
-        # An index can name a version whose parts are gone; the next one serves as well.
+        """The highest version whose package name matches. None: every suite was asked, and none has one.
+
+        Raises:
+            MachineError: It could not be found out, or downloaded.
+        """
+        kept = {vmlinuz.parent.name for vmlinuz in KERNELS.glob("*/vmlinuz")}
+        served = {name: suite for suite in self.suites for name in suite.kernels}
+        names = sorted((name for name in kept | set(served) if re.fullmatch(pattern, name)), key=_version)
         for name in reversed(names):
-            folder = CACHE / "kernels" / name
-            if name in kept or self._unpack(name, folder):
-                return Image(name, folder / "vmlinuz", folder / "brd.ko", name in self._served)
+            folder = KERNELS / name
+            if name in kept or _keep(served[name], name, folder):
+                return Image(name, folder / "vmlinuz", folder / "brd.ko", "" if name in served else self._note())
+        if self.unasked:
+            raise self.unasked[0]
         return None
 
-    def _unpack(self, name: str, folder: Path) -> bool:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
-            scratch = Path(temporary)
-            depends = run("apt-cache", "depends", name, env=self._env)
-            for package in [name, *PARTS.findall(depends)]:
-                command = ["apt-get", "download", "-q", package]
-                done = subprocess.run(command, cwd=scratch, env=self._env, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    self.complaints.append(f"{package}: {done.stderr.strip()}")
-                    return False
-            for deb in scratch.glob("*.deb"):
-                run("dpkg-deb", "-x", deb, scratch / "root")
-            images = [*scratch.glob("root/boot/vmlinuz*"), *scratch.glob("root/usr/lib/modules/*/vmlinuz")]
-            ramdisks = [*scratch.glob("root/**/kernel/drivers/block/brd.ko*")]
-            if not images or not ramdisks:
-                raise MachineError(f"{name} has no vmlinuz or no brd.ko: Debian's packages are laid out anew")
-            (scratch / "kept").mkdir()
-            shutil.copy(images[0], scratch / "kept/vmlinuz")
-            (scratch / "kept/brd.ko").write_bytes(_plain(ramdisks[0]))
-            (scratch / "kept").rename(folder)
-        return True
+    def _note(self) -> str:
+        return "not every suite could be asked for it" if self.unasked else "no suite serves it any more"
+
+
+def _keep(suite: Suite, name: str, folder: Path) -> bool:
+    KERNELS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        if not suite.unpack(name, scratch):
+            return False
+        images = [*scratch.glob("root/boot/vmlinuz*"), *scratch.glob("root/usr/lib/modules/*/vmlinuz")]
+        ramdisks = [*scratch.glob("root/**/kernel/drivers/block/brd.ko*")]
+        if not images or not ramdisks:
+            raise MachineError(f"{name} has no vmlinuz or no brd.ko: Debian's packages are laid out anew")
+        folder.mkdir(exist_ok=True)
+        (folder / "brd.ko").write_bytes(_plain(ramdisks[0]))
+        # Last, and in one step: a folder with a vmlinuz is whole.
+        shutil.copy(images[0], folder / ".vmlinuz")
+        (folder / ".vmlinuz").replace(folder / "vmlinuz")
+    return True
 
 
 def _version(name: str) -> list[int]:

@@ -70,6 +70,10 @@ class Results:
         self._out.write(json.dumps({"who": self._who, **event}) + "\n")
         self._out.flush()
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """How many outcomes there will be."""
+        self.tell(collected=len(session.items))
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """What runs when a guest hangs."""
         self.tell(starts=nodeid)

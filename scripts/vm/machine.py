@@ -10,9 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv/bin/python"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pagemapcompat"
-TOOLS = {"qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static", "apt-get": "apt", "dpkg-deb": "dpkg"}
+TOOLS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "busybox": "busybox-static",
+    "apt-get": "apt",
+    "apt-cache": "apt",
+    "dpkg-deb": "dpkg",
+    "ldd": "libc-bin",
+}
 """Programs, and Debian's packages that have them."""
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+GUEST_MEMORY = 3 << 30
+"""In bytes; the tests of huge pages and swap want some."""
 
 
 class MachineError(Exception):
@@ -37,10 +46,19 @@ def check() -> None:
     Raises:
         MachineError: It cannot; the text says what to install.
     """
-    missing = [package for tool, package in TOOLS.items() if not shutil.which(tool)]
+    if os.uname().machine != "x86_64":
+        raise MachineError("the guests run this machine's Python on x86-64 kernels; set PAGEMAPCOMPAT_SKIP_VM=1")
+    missing = {package for tool, package in TOOLS.items() if not shutil.which(tool)}
     if not KEYRING.exists():
-        missing.append("debian-archive-keyring")
+        missing.add("debian-archive-keyring")
     if missing:
-        raise MachineError(f"install {' '.join(missing)} (apt-get install), or set PAGEMAPCOMPAT_SKIP_VM=1")
+        raise MachineError(f"install {' '.join(sorted(missing))} (apt-get install), or set PAGEMAPCOMPAT_SKIP_VM=1")
     if not PYTHON.exists():
         raise MachineError("there is no .venv; run scripts/test first, which makes it")
+
+
+def guests_at_once() -> int:
+    """How many guests this machine can run side by side."""
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    available = int(facts["MemAvailable"].split()[0]) << 10
+    return max(1, min(len(os.sched_getaffinity(0)), available // (GUEST_MEMORY + GUEST_MEMORY // 3)))

@@ -11,20 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from vm.machine import MachineError
+from vm.machine import GUEST_MEMORY, MachineError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SILENCE = float(os.environ.get("PAGEMAPCOMPAT_VM_SECONDS", "600"))
-"""A guest that says nothing for so long hangs. Emulated, on a slow and shared machine, one test may take minutes."""
 LOOK_SECONDS = 1.0
 COMMAND = (
     *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
     # By name: /dev/kvm may open and hang all the same.
-    *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "3G"),
+    *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", f"{GUEST_MEMORY >> 20}M"),
 )
 APPEND = "console=ttyS0 panic=-1 quiet random.trust_cpu=on mitigations=off rootfstype=ramfs"
+
+
+def silence() -> float:
+    """How long a guest may tell of no test, in seconds. Emulated, on a slow and shared machine, one may take minutes.
+
+    Raises:
+        MachineError: PAGEMAPCOMPAT_VM_SECONDS is no number.
+    """
+    text = os.environ.get("PAGEMAPCOMPAT_VM_SECONDS", "600")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise MachineError(f"PAGEMAPCOMPAT_VM_SECONDS={text!r} is no number of seconds") from error
 
 
 @attrs.frozen
@@ -50,30 +61,32 @@ def boot(vmlinuz: Path, initrd: bytes, scratch: Path) -> Guest:
     scratch.mkdir()
     (scratch / "initrd").write_bytes(initrd)
     console, results, errors = scratch / "console", scratch / "results", scratch / "errors"
+    console.touch()
+    results.touch()
     command = [*COMMAND, "-serial", f"file:{console}", "-serial", f"file:{results}"]
     command += ["-kernel", str(vmlinuz), "-initrd", str(scratch / "initrd"), "-append", APPEND]
     with errors.open("wb") as said, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said) as vm:
         try:
-            hung = _wait(vm, [console, results])
+            hung = _wait(vm, results)
         finally:
             vm.kill()
+    (scratch / "initrd").unlink()
     if vm.returncode and not hung:
         raise MachineError(f"qemu ended with {vm.returncode}: {errors.read_text(errors='replace').strip()}")
-    (scratch / "initrd").unlink()
     return Guest(console.read_text(errors="replace").replace("\r", ""), list(_events(results)), hung)
 
 
-def _wait(vm: subprocess.Popen[bytes], files: list[Path]) -> bool:
-    """Wait for its end. True if it was silent for too long."""
-    size, since = -1, time.monotonic()
+def _wait(vm: subprocess.Popen[bytes], results: Path) -> bool:
+    """Wait for its end. True if it told nothing for too long; a kernel in trouble may fill its console for ever."""
+    size, since, limit = -1, time.monotonic(), silence()
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             vm.wait(LOOK_SECONDS)
             return False
-        now = sum(file.stat().st_size for file in files if file.exists())
+        now = results.stat().st_size
         if now != size:
             size, since = now, time.monotonic()
-        elif time.monotonic() - since > SILENCE:
+        elif time.monotonic() - since > limit:
             return True
 
 

@@ -17,6 +17,8 @@ USERS = ("root", "nobody")
 RESOURCES = {"root": ["swap", "hugetlb", "io-uring", "ksm"], "nobody": ["swap", "hugetlb", "io-uring"]}
 """What each guest gives its tests, so that nothing there may be missed for the lack of it."""
 GUARANTEES = ("EXACT", "ATOMIC_COLLECT", "KERNEL_WRITES", "DISCARDS", "NO_HELPER_THREAD")
+REMARKS = ("WARNING", "INFO", "BUG: workqueue", "BUG: soft lockup")
+"""Complaints that an overloaded emulator brings about as well."""
 BEGIN, END = "<!-- matrix, by scripts/vm_matrix --write -->", "<!-- end of matrix -->"
 
 
@@ -75,9 +77,13 @@ class Half:
     found: dict[str, Any]
     tests: dict[tuple[str, str | None], tuple[str, str]]
     """(outcome, why) by (test, backend)."""
+    collected: int | None
     last: str | None
-    """What ran when it ended without a status."""
+    """What ran last."""
     status: int | None
+    """Of pytest; None if it did not come to its end."""
+    exit: int | None
+    """Of the process."""
     cpu: int
 
     @classmethod
@@ -86,7 +92,8 @@ class Half:
         events = [event for event in guest.events if event.get("who") == who]
         found: dict[str, Any] = {"release": "?", "features": {}, "backends": {}}
         tests: dict[tuple[str, str | None], tuple[str, str]] = {}
-        last, status, cpu = None, None, 0
+        collected = last = status = code = None
+        cpu = 0
         for event in events:
             if "features" in event:
                 found = event
@@ -96,9 +103,13 @@ class Half:
                 key = event["test"], event["backend"]
                 if tests.get(key, ("passed", ""))[0] != "failed":  # a tear-down does not mend a test
                     tests[key] = event["outcome"], event["why"]
+            elif "collected" in event:
+                collected = event["collected"]
             elif "status" in event:
                 status, cpu = event["status"], event["cpu"]
-        return cls(who, found, tests, last, status, cpu)
+            elif "exit" in event:
+                code = event["exit"]
+        return cls(who, found, tests, collected, last, status, code, cpu)
 
     def counts(self, backend: str | None) -> Counter[str]:
         """Tests by outcome; None for those that are no backend's."""
@@ -111,20 +122,29 @@ class Half:
 
 def judge(kernel: Kernel, guest: Guest) -> list[str]:
     """What is wrong."""
-    wrong: list[str] = []
-    halves = [Half.of(guest, who) for who in USERS]
-    if not guest.over:
-        tail = "\n".join(guest.console.splitlines()[-40:])
-        running = [half.last for half in halves if half.status is None and half.last]
-        what = "hung" if guest.hung else "panicked or stopped"
-        wrong.append(f"the guest {what}{f' in {running[-1]}' if running else ''}; its console ends\n{tail}")
-    for half in halves:
-        about = [*_features(kernel, half), *_backends(kernel, half)]
-        about += [f"{test}\n{why}" for (test, _), (outcome, why) in half.tests.items() if outcome == "failed"]
-        if half.status:
-            about.append(f"pytest ended with {half.status}")
+    wrong = [f"the kernel itself: {line}" for line in kernel_complaints(guest) if not line.startswith(REMARKS)]
+    for half in (Half.of(guest, who) for who in USERS):
+        about = [*_run(half, guest)]
+        if half.found["features"]:
+            about += [*_features(kernel, half), *_backends(kernel, half)]
         wrong += [f"as {half.who}: {text}" for text in about]
+        if half.exit is None:
+            break  # nothing can be said of who comes after it
     return wrong
+
+
+def _run(half: Half, guest: Guest) -> Iterator[str]:
+    yield from (f"{test}\n{why}" for (test, _), (outcome, why) in half.tests.items() if outcome == "failed")
+    if half.status:
+        yield f"pytest ended with {half.status}"
+    if half.status is None or half.exit != 0 or not half.found["features"]:
+        tail = "\n".join(guest.console.splitlines()[-40:])
+        ended = f"its process ended with {half.exit}"
+        if half.exit is None:
+            ended = "the guest hung" if guest.hung else "the guest panicked or stopped"
+        yield f"{ended}{f' in {half.last}' if half.last else ''}; the console ends\n{tail}"
+    elif half.collected != len({test for test, _ in half.tests}):
+        yield f"{half.collected} tests were collected, and {len(half.tests)} told of"
 
 
 def _features(kernel: Kernel, half: Half) -> Iterator[str]:
@@ -149,8 +169,8 @@ def _backends(kernel: Kernel, half: Half) -> Iterator[str]:
 
 
 def kernel_complaints(guest: Guest) -> list[str]:
-    """Warnings of the kernel itself."""
-    return sorted(set(re.findall(r"(?:WARNING|BUG|Oops|general protection fault)[: ].*", guest.console)))
+    """What the kernel said of itself."""
+    return sorted(set(re.findall(r"(?:WARNING|BUG|Oops|general protection fault|INFO: task)[: ].*", guest.console)))
 
 
 # ---- The matrix ------------------------------------------------------------------------------------------------
@@ -217,9 +237,10 @@ def _reasons(skips: Counter[str]) -> str:
     return "; ".join(f"{count}: {why}" for why, count in short.most_common())
 
 
-def matrix(guests: dict[str, tuple[Kernel, Guest]], unserved: list[str]) -> str:
-    """All of it, in Markdown."""
-    notes = [f"{kernel.name}: {kernel.about}." for kernel, _ in guests.values() if kernel.about]
+def matrix(guests: dict[str, tuple[Kernel, Guest]], unserved: list[str], notes: dict[str, str] | None = None) -> str:
+    """All of it, in Markdown. *notes*: on kernels, by name."""
+    about = [(kernel.name, kernel.about) for kernel, _ in guests.values() if kernel.about]
+    notes = [f"{name}: {text}." for name, text in [*about, *(notes or {}).items()]]
     return "\n\n".join([feature_table(guests), *notes, test_table(guests, unserved)])
 
 
