@@ -28,6 +28,7 @@ from pagemapcompat.errors import NotTrackedError as NotTrackedError
 from pagemapcompat.errors import PagemapCompatError as PagemapCompatError
 from pagemapcompat.errors import TargetGoneError as TargetGoneError
 from pagemapcompat.errors import UnsupportedError as UnsupportedError
+from pagemapcompat.limits import Limits as Limits
 from pagemapcompat.memory import AddressRange as AddressRange
 from pagemapcompat.memory import page_size as page_size
 from pagemapcompat.pagemap import Pagemap as Pagemap
@@ -57,6 +58,7 @@ __all__ = [
     "Guarantee",
     "InvalidArgumentError",
     "KernelError",
+    "Limits",
     "NotTrackableError",
     "NotTrackedError",
     "PageCategory",

@@ -87,6 +87,8 @@ REARM: int = lib.PMC_REARM
 
 MADV_POPULATE_READ: int = lib.PMC_MADV_POPULATE_READ
 MADV_GUARD_INSTALL: int = lib.PMC_MADV_GUARD_INSTALL
+MAP_NORESERVE: int = lib.PMC_MAP_NORESERVE
+MAP_HUGETLB: int = lib.PMC_MAP_HUGETLB
 
 _pmc_scan = lib.pmc_scan
 _new_result = ffi.new_allocator(should_clear_after_alloc=True)
@@ -226,6 +228,11 @@ def madvise(start: int, end: int, advice: int) -> int:
 def mremap_pages(start: int, to: int, length: int) -> int:
     """Move the pages of one private anonymous mapping into another: 0 or -errno."""
     return int(lib.pmc_mremap_pages(start, to, length))
+
+
+def dumpable() -> int:
+    """PR_GET_DUMPABLE: 1 if this process may open its own files in /proc whatever its user, or -errno."""
+    return int(lib.pmc_dumpable())
 
 
 def query(

@@ -48,16 +48,38 @@ class EntryFlag(IntFlag):
 
 
 class UffdFeature(IntFlag):
-    """The userfaultfd features this library asks for (`include/uapi/linux/userfaultfd.h`)."""
+    """The features of UFFDIO_API (`include/uapi/linux/userfaultfd.h`). Unknown bits pass through.
+
+    This library asks for those with WP in their names alone.
+    """
 
     PAGEFAULT_FLAG_WP = 1 << 0
     """Since Linux 5.7."""
+    EVENT_FORK = 1 << 1
+    """Needs CAP_SYS_PTRACE."""
+    EVENT_REMAP = 1 << 2
+    EVENT_REMOVE = 1 << 3
+    MISSING_HUGETLBFS = 1 << 4
+    MISSING_SHMEM = 1 << 5
+    EVENT_UNMAP = 1 << 6
+    SIGBUS = 1 << 7
+    THREAD_ID = 1 << 8
+    MINOR_HUGETLBFS = 1 << 9
+    """Since Linux 5.13."""
+    MINOR_SHMEM = 1 << 10
+    """Since Linux 5.14."""
+    EXACT_ADDRESS = 1 << 11
+    """Since Linux 5.18."""
     WP_HUGETLBFS_SHMEM = 1 << 12
     """Since Linux 5.19."""
     WP_UNPOPULATED = 1 << 13
     """Since Linux 6.4."""
+    POISON = 1 << 14
+    """Since Linux 6.6."""
     WP_ASYNC = 1 << 15
     """Since Linux 6.7 (d61ea1cb0095)."""
+    MOVE = 1 << 16
+    """Since Linux 6.8."""
 
 
 class Feature(Enum):
@@ -71,20 +93,60 @@ class Feature(Enum):
     """Bit 55 shows soft-dirty."""
     PAGEMAP_GUARD = "pagemap-guard"
     """Bit 58 shows guard pages."""
+    PAGEMAP_PFN = "pagemap-pfn"
+    """Its words show page frame numbers."""
+    SOFT_DIRTY = "soft-dirty"
+    """clear_refs clears soft-dirty, and a store sets it again. Tried by the command line alone: it is process-wide."""
     PAGEMAP_SCAN = "pagemap-scan"
     """The PAGEMAP_SCAN ioctl answers."""
+    PAGEMAP_SCAN_DISCARDS = "pagemap-scan-discards"
+    """It calls a discarded page written."""
     PAGEMAP_SCAN_HOLES = "pagemap-scan-holes"
     """It calls empty memory written, a discarded 2 MiB included."""
+    CATEGORY_WPALLOWED = "category-wpallowed"
+    """It knows PAGE_IS_WPALLOWED; and so on."""
+    CATEGORY_WRITTEN = "category-written"
+    CATEGORY_FILE = "category-file"
+    CATEGORY_PRESENT = "category-present"
+    CATEGORY_SWAPPED = "category-swapped"
+    CATEGORY_PFNZERO = "category-pfnzero"
+    CATEGORY_HUGE = "category-huge"
+    CATEGORY_SOFT_DIRTY = "category-soft-dirty"
+    CATEGORY_GUARD = "category-guard"
     UFFD_SYSCALL = "uffd-syscall"
     """userfaultfd(2) for faults in user and kernel mode."""
     UFFD_DEVICE = "uffd-device"
     """/dev/userfaultfd, likewise."""
     UFFD_USER_MODE_ONLY = "uffd-user-mode-only"
     """userfaultfd(2) for faults in user mode alone."""
+    UFFD_EVENT_FORK = "uffd-event-fork"
+    """UFFDIO_API grants EVENT_FORK; and so on, for what this library does not use."""
+    UFFD_EVENT_REMAP = "uffd-event-remap"
+    UFFD_EVENT_REMOVE = "uffd-event-remove"
+    UFFD_EVENT_UNMAP = "uffd-event-unmap"
+    UFFD_MISSING_HUGETLBFS = "uffd-missing-hugetlbfs"
+    UFFD_MISSING_SHMEM = "uffd-missing-shmem"
+    UFFD_MINOR_HUGETLBFS = "uffd-minor-hugetlbfs"
+    UFFD_MINOR_SHMEM = "uffd-minor-shmem"
+    UFFD_SIGBUS = "uffd-sigbus"
+    UFFD_THREAD_ID = "uffd-thread-id"
+    UFFD_EXACT_ADDRESS = "uffd-exact-address"
+    UFFD_POISON = "uffd-poison"
+    UFFD_MOVE = "uffd-move"
     UFFD_WP = "uffd-wp-anonymous"
     """Private anonymous memory can be write-protected."""
+    UFFD_WP_SHARED = "uffd-wp-shared"
+    """Shared anonymous memory can."""
+    UFFD_WP_MEMFD = "uffd-wp-memfd"
+    """memfd_create(2)'s can."""
+    UFFD_WP_HUGETLB = "uffd-wp-hugetlb"
+    """hugetlb memory can."""
+    UFFD_WP_PRIVATE_FILE = "uffd-wp-private-file"
+    """A private mapping of a file can; by WP_ASYNC alone."""
+    UFFD_WP_SHARED_FILE = "uffd-wp-shared-file"
+    """A shared one can; likewise."""
     UFFD_WP_HUGETLBFS_SHMEM = "uffd-wp-hugetlbfs-shmem"
-    """Shared and hugetlb memory can."""
+    """UFFDIO_API grants write-protection of shared and hugetlb memory."""
     UFFD_WP_UNPOPULATED = "uffd-wp-unpopulated"
     """Empty private pages can carry a mark."""
     UFFD_WP_ASYNC = "uffd-wp-async"
@@ -93,6 +155,10 @@ class Feature(Enum):
     """UFFDIO_WRITEPROTECT takes a range of several mappings."""
     UFFD_WP_REMAP_CLEARS = "uffd-wp-remap-clears"
     """mremap takes the marks away with the registration."""
+    UFFD_WP_KERNEL_WRITES = "uffd-wp-kernel-writes"
+    """read(2) into a protected page succeeds, resolved by a thread."""
+    UFFD_WP_ASYNC_KERNEL_WRITES = "uffd-wp-async-kernel-writes"
+    """read(2) into a protected page succeeds, resolved by the kernel."""
     PROCMAP_QUERY = "procmap-query"
     """Mappings can be asked for one by one."""
     MADV_POPULATE_READ = "madv-populate-read"

@@ -324,6 +324,7 @@ class Pagemap:
         self.pid = pid
         self._fd = self._open("pagemap")
         try:
+            self._check_memory()
             self._ioctl = probe().supports(Feature.PAGEMAP_SCAN)
             if not self._ioctl:
                 self._maps = self._open("maps")
@@ -349,6 +350,17 @@ class Pagemap:
                 )
                 raise AccessError.make(number, f"open {path}", os.strerror(number), hint=hint) from error
             raise KernelError.make(number, f"open {path}", os.strerror(number)) from error
+
+    def _check_memory(self) -> None:
+        # The pagemap of a zombie or kernel thread opens too. Its words are none; the ioctl on it is, on some kernels up
+        # to 6.15, a NULL dereference in the kernel (65c66047259f). A descriptor keeps the memory it was opened on.
+        if not os.pread(self._fd, _WORD_SIZE, 0):
+            raise TargetGoneError.make(
+                ESRCH,
+                f"read /proc/{self.pid}/pagemap",
+                f"process {self.pid} has no memory",
+                hint="it ended and its parent has yet to notice, or it is a kernel thread",
+            )
 
     def fileno(self) -> int:
         """The descriptor of /proc/PID/pagemap."""

@@ -39,6 +39,7 @@ LAYERS = (
     {"_kernel"},
     {"memory"},
     {"userfaultfd"},
+    {"trials", "limits"},
     {"probe", "registrations"},
     {"pagemap"},
     {"refusals"},
@@ -46,6 +47,8 @@ LAYERS = (
     {"selection"},
     {"tracker"},
     {"__init__"},
+    {"cli_formats"},
+    {"cli_probe", "cli_scan", "cli_selftest"},
     {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

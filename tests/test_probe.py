@@ -6,10 +6,11 @@ import gc
 import os
 import platform
 import threading
-from errno import EACCES, ENOSYS, EPERM
+from errno import EACCES, EFAULT, ENOSYS, EPERM
 from typing import Any
 
 import pytest
+from agreement import check
 from conftest import lacking, run_child
 
 from pagemapcompat import (
@@ -42,7 +43,7 @@ def test_every_feature_has_an_answer() -> None:
         assert result.state in str(result)
         assert report.supports(feature) == bool(result)
         if result.state == "denied":
-            assert result.errno in (EPERM, EACCES), result
+            assert result.errno in (EPERM, EACCES, EFAULT), result
 
 
 @pytest.mark.parametrize("state", sorted(STATES))
@@ -224,6 +225,7 @@ def test_four_threads_at_once() -> None:
 NOBODY = """
 import ctypes, errno, os, struct, sys
 from conftest import *
+from agreement import check
 from pagemapcompat import *
 
 libc_ = ctypes.CDLL(None, use_errno=True)
@@ -233,6 +235,16 @@ def nobody():
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
+
+def only_ptrace():
+    "CAP_SYS_PTRACE, and nothing else that root has."
+    assert libc_.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
+    nobody()
+    header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3
+    caps = 1 << 19
+    data = struct.pack("6I", caps, caps, 0, 0, 0, 0)
+    assert libc_.capset(header, data) == 0, ctypes.get_errno()
+    dumpable(True)
 
 def dumpable(yes):
     assert libc_.prctl(4, int(yes), 0, 0, 0) == 0  # PR_SET_DUMPABLE
@@ -282,11 +294,12 @@ for name, (state, _) in before.items():
     if state == "yes":
         assert after[name][0] in ("yes", "denied", "unknown"), (name, after[name])
 assert after["pagemap"] == ("yes", None), after
+privileged = {"uffd-syscall", "uffd-device", "uffd-event-fork", "uffd-wp-kernel-writes", "pagemap-pfn"}
 if before["uffd-user-mode-only"][0] == "yes":
     assert after["uffd-user-mode-only"] == ("yes", None)
-    for feature in before:
-        if not feature.startswith(("uffd-syscall", "uffd-device")):
-            assert after[feature] == before[feature], feature
+    for feature in set(before) - privileged:
+        assert after[feature] == before[feature], feature
+check()
 for result in probe().values():
     assert result.state == "yes" or result.hint, result
 
@@ -297,6 +310,7 @@ if not os.access("/proc/self/pagemap", os.R_OK):
     assert "PR_SET_DUMPABLE" in probe()[Feature.PAGEMAP].hint
     assert "PR_SET_DUMPABLE" in probe()[Feature.PAGEMAP_SCAN].hint
     assert hidden["pagemap-scan"][0] == "unknown"
+    check()
     dumpable(True)
     assert states() == after
 print("mighty" if mighty else "humble")
@@ -357,6 +371,7 @@ if not device:
             raise AssertionError(name)
         assert sorted(os.listdir("/proc/self/fd")) == descriptors
         assert set(os.listdir("/proc/self/task")) <= threads
+check()
 print("done")
 """,
         userfaultfd_number(),
@@ -373,6 +388,7 @@ def test_with_the_syscall_refused_the_device_is_used() -> None:
         """
 refuse(int(sys.argv[1]), errno.EPERM)
 assert states()["uffd-device"] == ("yes", None)
+check()
 working = 0
 for name in ("pagemap-scan", "uffd-wp"):
     try:
@@ -394,6 +410,35 @@ print("done")
     )
 
 
+def test_with_one_capability_alone() -> None:
+    """CAP_SYS_PTRACE opens the system call in full, and nothing else that root has."""
+    if os.geteuid() != 0:
+        lacking("root", "privileges cannot be given up that are not there (EPERM)", "run as root")
+    printed = run_child(
+        NOBODY
+        + """
+before = states()
+only_ptrace()
+after = states()
+for name in ("uffd-syscall", "uffd-event-fork", "uffd-wp-kernel-writes", "pagemap"):
+    assert after[name] == before[name], (name, after[name])
+assert probe().limits.capabilities == ("CAP_SYS_PTRACE",)
+assert after["pagemap-pfn"] == ("denied", errno.EPERM), after["pagemap-pfn"]
+check()
+print("done")
+"""
+    )
+    assert printed.strip() == "done"
+
+
+@pytest.mark.kernel
+def test_probe_says_what_the_library_does() -> None:
+    """Whoever runs this: each answer is held against what the trackers and Pagemap then do."""
+    states = check()
+    assert sum(states.values()) == len(Feature)
+    assert states["yes"]
+
+
 def test_with_full_userfaultfds_refused_user_mode_is_used() -> None:
     """By uffd-wp, which then does not claim KERNEL_WRITES, and says why."""
     if not probe()[Feature.UFFD_USER_MODE_ONLY]:
@@ -405,7 +450,8 @@ dumpable(True)
 refuse(int(sys.argv[1]), errno.EPERM, with_flags=False)
 if os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
     os.environ["PAGEMAPCOMPAT_DISABLE"] = "uffd-device"
-probe(refresh=True)
+assert states()["uffd-wp-kernel-writes"] == ("denied", errno.EFAULT)
+check()
 with DirtyTracker("uffd-wp") as tracker:
     assert "UFFD_USER_MODE_ONLY" in tracker.selection.userfaultfd[-1], tracker.selection
     assert tracker.selection.userfaultfd[0] == "userfaultfd(): EPERM", tracker.selection

@@ -22,6 +22,7 @@ from pagemapcompat import (
     Guarantee,
     InvalidArgumentError,
     KernelError,
+    Limits,
     NotTrackableError,
     NotTrackedError,
     PageCategory,
@@ -121,6 +122,9 @@ def look(pid: int) -> list[PagemapEntry]:
 def ask() -> Mapping[Feature, ProbeResult]:
     """Probing."""
     report = probe(refresh=True)
+    limits: Limits = report.limits
+    sizes: tuple[int, ...] = (limits.page_size, *limits.huge_page_sizes)
+    assert sizes
     assert_type(report, FeatureReport)
     result = report[Feature.PAGEMAP_SCAN]
     assert_type(result, ProbeResult)

@@ -89,9 +89,22 @@ struct procmap_query {
 #define UFFD_USER_MODE_ONLY 1 // since 5.11
 
 #define UFFD_FEATURE_PAGEFAULT_FLAG_WP (1ull << 0) // since 5.7
+#define UFFD_FEATURE_EVENT_FORK (1ull << 1)
+#define UFFD_FEATURE_EVENT_REMAP (1ull << 2)
+#define UFFD_FEATURE_EVENT_REMOVE (1ull << 3)
+#define UFFD_FEATURE_MISSING_HUGETLBFS (1ull << 4)
+#define UFFD_FEATURE_MISSING_SHMEM (1ull << 5)
+#define UFFD_FEATURE_EVENT_UNMAP (1ull << 6)
+#define UFFD_FEATURE_SIGBUS (1ull << 7)
+#define UFFD_FEATURE_THREAD_ID (1ull << 8) // these since 4.14 at the latest
+#define UFFD_FEATURE_MINOR_HUGETLBFS (1ull << 9) // since 5.13
+#define UFFD_FEATURE_MINOR_SHMEM (1ull << 10) // since 5.14
+#define UFFD_FEATURE_EXACT_ADDRESS (1ull << 11) // since 5.18
 #define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1ull << 12) // since 5.19
 #define UFFD_FEATURE_WP_UNPOPULATED (1ull << 13) // since 6.4
+#define UFFD_FEATURE_POISON (1ull << 14) // since 6.6
 #define UFFD_FEATURE_WP_ASYNC (1ull << 15) // since 6.7 (d61ea1cb0095)
+#define UFFD_FEATURE_MOVE (1ull << 16) // since 6.8
 
 #define UFFD_EVENT_PAGEFAULT 0x12
 
@@ -155,8 +168,10 @@ struct uffdio_copy {
 #define UFFDIO_WRITEPROTECT _IOWR(0xAA, 0x06, struct uffdio_writeprotect)
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00) // on /dev/userfaultfd, since 6.1
 
-// ---- madvise: include/uapi/asm-generic/mman-common.h ----
+// ---- mmap and madvise: include/uapi/asm-generic/mman-common.h, the same on x86, arm64 and riscv ----
 
+#define PMC_MAP_NORESERVE 0x4000
+#define PMC_MAP_HUGETLB 0x40000
 #define PMC_MADV_WIPEONFORK 18 // since 4.14
 #define PMC_MADV_POPULATE_READ 22 // since 5.14
 #define PMC_MADV_GUARD_INSTALL 102 // since 6.13

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -90,6 +91,12 @@ int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, 
 	if (!rc || errno == EFAULT || errno == EEXIST || errno == ENOMEM)
 		return 1;
 	return errno == ENOENT ? 0 : -errno;
+}
+
+int pmc_dumpable(void)
+{
+	int state = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
+	return state < 0 ? -errno : state;
 }
 
 int pmc_madvise(uint64_t start, uint64_t end, int advice)

@@ -1,0 +1,84 @@
+"""The limits that decide what this process may do: settings, privileges and sizes, read and not tried."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import attrs
+
+from pagemapcompat import _kernel
+from pagemapcompat.memory import page_size
+
+_CAPABILITIES = {19: "CAP_SYS_PTRACE", 21: "CAP_SYS_ADMIN", 40: "CAP_CHECKPOINT_RESTORE"}
+"""Those that matter here, by number (`include/uapi/linux/capability.h`)."""
+_SECCOMP = ("off", "strict", "filter")
+_SYS = Path("/sys/kernel/mm")
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    """What surrounds this process. None: it cannot be read here."""
+
+    page_size: int
+    """In bytes."""
+    huge_page_sizes: tuple[int, ...]
+    """Of hugetlb, in bytes, ascending."""
+    transparent_hugepage: str | None
+    """always, madvise or never."""
+    unprivileged_userfaultfd: bool | None
+    """vm.unprivileged_userfaultfd: whether every process may have faults in kernel mode reported."""
+    capabilities: tuple[str, ...]
+    """Of CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_CHECKPOINT_RESTORE, those in effect."""
+    seccomp: str | None
+    """off, strict or filter: a filter may refuse any system call."""
+    no_new_privs: bool | None
+    dumpable: bool
+    """Whether /proc/self belongs to this process's user: without it, and without privileges, pagemap is denied."""
+    open_files: int
+    """RLIMIT_NOFILE: a tracker needs 3 or 4 descriptors."""
+    max_map_count: int | None
+    """vm.max_map_count: protecting single pages can split mappings."""
+
+
+def read_limits() -> Limits:
+    """Read them. Any thread may; changes nothing; well under a millisecond."""
+    status = _status()
+    effective = int(status.get("CapEff", "0"), 16)
+    seccomp = status.get("Seccomp")
+    enabled = _text(_SYS / "transparent_hugepage/enabled") or ""
+    return Limits(
+        page_size=page_size(),
+        huge_page_sizes=tuple(sorted(int(path.name.split("-")[1][:-2]) << 10 for path in _SYS.glob("hugepages/*kB"))),
+        transparent_hugepage=enabled.partition("[")[2].partition("]")[0] or None,
+        unprivileged_userfaultfd=_switch(_text(Path("/proc/sys/vm/unprivileged_userfaultfd"))),
+        capabilities=tuple(name for number, name in _CAPABILITIES.items() if effective >> number & 1),
+        seccomp=_SECCOMP[int(seccomp)] if seccomp else None,
+        no_new_privs=_switch(status.get("NoNewPrivs")),
+        dumpable=_kernel.dumpable() == 1,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        max_map_count=_number(_text(Path("/proc/sys/vm/max_map_count"))),
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text else None
+
+
+def _switch(text: str | None) -> bool | None:
+    return None if not text else text != "0"
+
+
+def _status() -> dict[str, str]:
+    lines = (_text(Path("/proc/self/status")) or "").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+__all__ = ["Limits", "read_limits"]

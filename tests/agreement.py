@@ -1,0 +1,182 @@
+"""Whether `probe` says what the library then really does: compared answer by answer, for whoever runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+
+from conftest import PAGE, PRIVATE, libc
+
+from pagemapcompat import (
+    AddressRange,
+    DirtyTracker,
+    Feature,
+    FeatureReport,
+    Guarantee,
+    KernelError,
+    PageCategory,
+    Pagemap,
+    PagemapCompatError,
+    ScanQuery,
+    probe,
+)
+
+HUGE = 2 << 20
+MFD_HUGETLB = 4
+SCAN = (Feature.PAGEMAP, Feature.PAGEMAP_SCAN, Feature.UFFD_WP_ASYNC)
+WORDS = (Feature.PAGEMAP, Feature.UFFD_WP)
+
+
+def trackers() -> dict[str, DirtyTracker]:
+    """Those that open."""
+    opened = {}
+    for name in ("pagemap-scan", "uffd-wp"):
+        with contextlib.suppress(PagemapCompatError):
+            opened[name] = DirtyTracker(name)
+    return opened
+
+
+@contextlib.contextmanager
+def mapped(length: int, flags: int, fd: int = -1) -> Iterator[AddressRange]:
+    """Raw memory, of which nothing is touched."""
+    at = libc.mmap(length, 3, flags, fd)
+    try:
+        yield AddressRange.from_length(at, length)
+    finally:
+        libc.munmap(at, length)
+
+
+@contextlib.contextmanager
+def descriptor(fd: int, length: int) -> Iterator[int]:
+    """A file of some length, closed in the end."""
+    try:
+        os.ftruncate(fd, length)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def kind(feature: Feature) -> Iterator[AddressRange]:
+    """Memory of the kind that a feature speaks of."""
+    with contextlib.ExitStack() as stack:
+        if feature is Feature.UFFD_WP:
+            yield stack.enter_context(mapped(PAGE, PRIVATE))
+        elif feature is Feature.UFFD_WP_SHARED:
+            yield stack.enter_context(mapped(PAGE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS))
+        elif feature is Feature.UFFD_WP_MEMFD:
+            fd = stack.enter_context(descriptor(os.memfd_create("ram"), PAGE))
+            yield stack.enter_context(mapped(PAGE, mmap.MAP_SHARED, fd))
+        elif feature is Feature.UFFD_WP_HUGETLB:
+            flags = PRIVATE | libc.MAP_HUGETLB | libc.MAP_NORESERVE
+            yield stack.enter_context(mapped(HUGE, flags))
+        else:
+            folder = next(path for path in ("/var/tmp", "/tmp") if os.path.isdir(path))  # noqa: S108 - a disk first
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            file.truncate(PAGE)
+            flags = mmap.MAP_SHARED if feature is Feature.UFFD_WP_SHARED_FILE else mmap.MAP_PRIVATE
+            yield stack.enter_context(mapped(PAGE, flags, file.fileno()))
+
+
+KINDS = {
+    Feature.UFFD_WP: ("pagemap-scan", "uffd-wp"),
+    Feature.UFFD_WP_SHARED: ("pagemap-scan", "uffd-wp"),
+    Feature.UFFD_WP_MEMFD: ("pagemap-scan", "uffd-wp"),
+    Feature.UFFD_WP_HUGETLB: ("pagemap-scan", "uffd-wp"),
+    Feature.UFFD_WP_PRIVATE_FILE: ("pagemap-scan",),
+    Feature.UFFD_WP_SHARED_FILE: ("pagemap-scan",),
+}
+"""What takes memory of a kind where it can be registered at all."""
+
+
+def tracks(tracker: DirtyTracker, memory: AddressRange) -> bool:
+    """Whether it does."""
+    try:
+        tracker.track(memory).close()
+    except PagemapCompatError:
+        return False
+    return True
+
+
+def fills(tracker: DirtyTracker) -> bool:
+    """Whether read(2) into protected memory succeeds."""
+    memory = mmap.mmap(-1, PAGE, flags=PRIVATE)
+    memory[0] = 1
+    with tracker.track(memory), memoryview(memory) as view, open("/dev/zero", "rb", buffering=0) as zero:
+        try:
+            return zero.readinto(view) == PAGE
+        except OSError:
+            return False
+
+
+def categories(report: FeatureReport) -> None:
+    """Each category that is said to be known can be asked for, and no other."""
+    memory = mmap.mmap(-1, PAGE, flags=PRIVATE)
+    memory[0] = 1
+    with Pagemap() as pagemap:
+        for category in PageCategory:
+            said = report[Feature[f"CATEGORY_{category.name}"]]
+            try:
+                pagemap.scan(memory, ScanQuery(report=category))
+            except KernelError as error:
+                assert not said, (said, error)
+            else:
+                # Accepted, and never set: what a kernel without soft-dirty does.
+                assert said or category is PageCategory.SOFT_DIRTY, said
+
+
+def raw(call: Callable[[], object]) -> bool:
+    """Whether a call succeeds."""
+    try:
+        call()
+    except OSError:
+        return False
+    return True
+
+
+def check() -> dict[str, int]:
+    """Compare every answer with what is then really so. Returns how many answers there were in each state."""
+    report = probe(refresh=True)
+    opened = trackers()
+    with contextlib.ExitStack() as stack:
+        for tracker in opened.values():
+            stack.enter_context(tracker)
+        assert ("pagemap-scan" in opened) == report.supports(*SCAN), (opened, report.as_dict())
+        assert ("uffd-wp" in opened) == report.supports(*WORDS), (opened, report.as_dict())
+        for feature, takers in KINDS.items():
+            for name in takers:
+                if name in opened:
+                    with kind(feature) as memory:
+                        assert tracks(opened[name], memory) == bool(report[feature]), (name, report[feature])
+        for name, feature in (
+            ("pagemap-scan", Feature.UFFD_WP_ASYNC_KERNEL_WRITES),
+            ("uffd-wp", Feature.UFFD_WP_KERNEL_WRITES),
+        ):
+            if name in opened:
+                claimed = Guarantee.KERNEL_WRITES in opened[name].selection.guarantees
+                assert claimed == bool(report[feature]) == fills(opened[name]), (name, report[feature])
+        if "uffd-wp" in opened:
+            claimed = Guarantee.DISCARDS in opened["uffd-wp"].selection.guarantees
+            assert claimed == bool(report[Feature.PAGEMAP_UFFD_WP])
+    assert bool(report[Feature.PAGEMAP]) == raw(lambda: Pagemap().close())
+    if report[Feature.PAGEMAP_SCAN]:
+        categories(report)
+    if report[Feature.PAGEMAP]:
+        memory = mmap.mmap(-1, PAGE, flags=PRIVATE)
+        memory[0] = 1
+        with Pagemap() as pagemap:
+            (entry,) = pagemap.entries(memory)
+        assert (entry.pfn is not None) == bool(report[Feature.PAGEMAP_PFN])
+    device = "/dev/userfaultfd"
+    assert (
+        bool(report[Feature.UFFD_DEVICE]) == raw(lambda: os.close(os.open(device, os.O_RDWR)))
+        or not report[Feature.UFFD_DEVICE]
+    )
+    states: dict[str, int] = {}
+    for result in report.values():
+        assert bool(result.hint) == (result.state != "yes"), result
+        states[result.state] = states.get(result.state, 0) + 1
+    return states
