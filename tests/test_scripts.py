@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,11 +64,26 @@ def test_the_five_line_program_runs_as_written() -> None:
         assert (lo, hi) == (first, first + PAGE)
 
 
+def test_the_command_lines_of_readme_are_understood() -> None:
+    """Each is run as it stands, with this process where a process is named."""
+    lines = [line for block in fenced("sh") for line in block.splitlines() if line.startswith("pagemapcompat ")]
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        words = [str(os.getpid()) if word == "PID" else word for word in words]
+        done = subprocess.run(
+            [sys.executable, "-m", "pagemapcompat", *words], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode in (0, 1, 77), (line, done.stderr)
+        assert "usage" not in done.stderr
+    assert len(lines) == 5
+
+
 def test_the_commands_of_readme_are_there() -> None:
-    """Both are shown as commands, exist, and can be executed, like every script that is named anywhere in README."""
+    """The two that try it exist and can be executed, like every script that README names; the others are commands."""
     shown = [line.split()[0] for block in fenced("sh") for line in block.splitlines()]
-    assert shown == ["scripts/demo", "scripts/test"]
-    for name in {*shown, *re.findall(r"`(scripts/[\w/.]+)`", README)}:
+    assert shown[:2] == ["scripts/demo", "scripts/test"]
+    assert set(shown[2:]) == {"pagemapcompat"}
+    for name in {*shown[:2], *re.findall(r"`(scripts/[\w/.]+)`", README)}:
         assert os.access(ROOT / name, os.X_OK), name
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 

@@ -100,7 +100,9 @@ class Results:
 
 def findings() -> dict[str, Any]:
     """What the library says of this kernel."""
-    import pagemapcompat  # noqa: PLC0415 - only once the privileges are what they shall be
+    # Only once the privileges are what they shall be.
+    import pagemapcompat  # noqa: PLC0415
+    from pagemapcompat.cli_probe import find  # noqa: PLC0415
 
     backends: dict[str, Any] = {}
     for name in BACKENDS:
@@ -109,7 +111,7 @@ def findings() -> dict[str, Any]:
                 backends[name] = sorted(str(guarantee.name) for guarantee in tracker.selection.guarantees)
         except pagemapcompat.KernelError as error:
             backends[name] = f"{errorcode.get(error.errno or 0, error.errno)}: {error.strerror}"
-    features = {name: answer["state"] for name, answer in pagemapcompat.probe().as_dict().items()}
+    features = {name: answer["state"] for name, answer in find().report.as_dict().items()}
     # Debian's names say less than the release they were built from: "5.10.0-46-cloud-amd64" is 5.10.262.
     built_from = re.search(r"Debian (\d[\d.]*\d)", os.uname().version)
     return {"release": built_from[1] if built_from else os.uname().release, "features": features, "backends": backends}

@@ -1,0 +1,281 @@
+"""`pagemapcompat probe`: what this kernel lets this process do, and why not, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from errno import errorcode
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from pagemapcompat import cli_formats
+from pagemapcompat.abi import EntryFlag, Feature, Guarantee, PageCategory
+from pagemapcompat.errors import KernelError, PagemapCompatError, TargetGoneError
+from pagemapcompat.memory import AddressRange, page_size
+from pagemapcompat.pagemap import Pagemap, ScanQuery
+from pagemapcompat.probe import BACKEND_NAMES, FeatureReport, ProbeResult, probe, try_feature
+from pagemapcompat.tracker import DirtyTracker
+from pagemapcompat.trials import Laboratory, try_soft_dirty
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator, Sequence
+
+PRESENT, MISSING, USAGE, UNTOLD, GONE = 0, 1, 2, 3, 4
+SCHEMA = 1
+"""Of the JSON. Grows when a name changes its meaning or goes away; new names may come at any time."""
+GROUPS = (
+    ("PAGEMAP_SCAN", ("pagemap-scan", "category-")),
+    ("/proc/PID/pagemap", ("pagemap", "soft-dirty")),
+    ("write-protection", ("uffd-wp",)),
+    ("userfaultfd", ("uffd-",)),
+    ("other calls", ("",)),
+)
+"""Titles, and the beginnings of the names of what stands below them; the first that fits."""
+
+
+@attrs.frozen
+class Findings:
+    """Everything that `probe` prints."""
+
+    report: FeatureReport
+    usable: dict[str, Guarantee]
+    """What each backend that works guarantees, best backend first."""
+    refused: dict[str, PagemapCompatError]
+    """Why each other backend does not."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Of plain values, as `probe.schema.json` describes it."""
+        best = next(iter(self.usable), None)
+        return {
+            "schema": SCHEMA,
+            "version": version("pagemapcompat"),
+            "privileged": os.geteuid() == 0 or "CAP_SYS_PTRACE" in self.report.limits.capabilities,
+            "backend": best,
+            "guarantees": _names(self.usable[best]) if best else [],
+            "backends": {name: self._backend(name) for name in BACKEND_NAMES},
+            "features": self.report.as_dict(),
+            "limits": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in attrs.asdict(self.report.limits, recurse=False).items()
+            },
+        }
+
+    def _backend(self, name: str) -> dict[str, Any]:
+        if name in self.usable:
+            usable = {"usable": True, "guarantees": _names(self.usable[name])}
+            return {**usable, "errno": None, "reason": None, "hint": None}
+        error = self.refused[name]
+        number = error.errno if isinstance(error, OSError) else None
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return {
+            "usable": False,
+            "guarantees": [],
+            "errno": errorcode.get(number) if number else None,
+            "reason": reason.removeprefix(f"{name}: "),
+            "hint": error.hint,
+        }
+
+
+def _names(guarantees: Guarantee) -> list[str]:
+    return [str(guarantee.name) for guarantee in guarantees]
+
+
+def find() -> Findings:
+    """Probe, with what only a process of its own can try, and open each backend."""
+    report = probe()
+    if report.supports(Feature.PAGEMAP_SOFT_DIRTY) and Feature.SOFT_DIRTY.value not in report.disabled:
+        report = report.with_result(_soft_dirty())
+    usable: dict[str, Guarantee] = {}
+    refused: dict[str, PagemapCompatError] = {}
+    for name in BACKEND_NAMES:
+        try:
+            with DirtyTracker(name) as tracker:
+                usable[name] = tracker.selection.guarantees
+        except PagemapCompatError as error:
+            refused[name] = error
+    return Findings(report, usable, refused)
+
+
+def _soft_dirty() -> ProbeResult:
+    """Try it in a child: clearing is for all of a process, and a child's memory is its own."""
+    answer, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            lab = Laboratory()
+            try_feature(lab, Feature.PAGEMAP, frozenset())
+            result = try_feature(lab, Feature.SOFT_DIRTY, frozenset(), try_soft_dirty)
+            os.write(told, json.dumps([result.state, result.errno, result.detail, result.hint]).encode())
+        finally:
+            os._exit(0)
+    os.close(told)
+    with os.fdopen(answer, "rb") as file:
+        state, number, detail, hint = json.loads(file.read())
+    os.waitpid(pid, 0)
+    return ProbeResult(Feature.SOFT_DIRTY, state, number, detail, hint)
+
+
+# -- Requirements ----------------------------------------------------------------------------------------------
+
+
+def requirable() -> dict[str, list[str]]:
+    """What --require takes, by kind."""
+    return {
+        "backends": list(BACKEND_NAMES),
+        "guarantees": list(Guarantee.__members__),
+        "features": [feature.value for feature in Feature],
+    }
+
+
+def unmet(findings: Findings, names: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """What of *names* is not there: MISSING or UNTOLD, and a line that says why."""
+    backends = [name for name in names if name in BACKEND_NAMES]
+    wanted = Guarantee(0)
+    for name in names:
+        if name in Guarantee.__members__:
+            wanted |= Guarantee[name]
+        elif name in BACKEND_NAMES:
+            if name not in findings.usable:
+                yield MISSING, f"{name}: {_with_hint(findings.as_dict()['backends'][name], 'reason')}"
+        elif not (result := findings.report[Feature(name)]):
+            answer = findings.report.as_dict()[name]
+            yield (
+                UNTOLD if result.state == "unknown" else MISSING,
+                f"{name}: {result.state}, {_with_hint(answer, 'detail')}",
+            )
+    able = [given for name, given in findings.usable.items() if not backends or name in backends]
+    if wanted and not any(wanted & ~given == Guarantee(0) for given in able):
+        given = ", ".join(f"{name} gives {' '.join(_names(given))}" for name, given in findings.usable.items())
+        yield MISSING, f"{' '.join(_names(wanted))}: no backend gives this; {given or 'no backend works'}"
+
+
+def _with_hint(answer: dict[str, Any], key: str) -> str:
+    error = f" ({answer['errno']})" if answer["errno"] else ""
+    return f"{answer[key]}{error}; remedy: {answer['hint'] or 'none'}"
+
+
+# -- Another process -------------------------------------------------------------------------------------------
+
+
+def readable(pid: int) -> dict[str, Any]:
+    """What could be read of another process, of plain values.
+
+    Raises:
+        TargetGoneError: There is none.
+    """
+    answers: dict[str, dict[str, Any]] = {}
+    for name in ("pagemap", "maps"):
+        answers[name] = _opens(pid, name)
+    if answers["pagemap"]["state"] == "yes":
+        with Pagemap(pid) as pagemap:
+            one = AddressRange(page_size(), 2 * page_size())
+            for category in PageCategory:
+                answers[f"category-{str(category.name).lower().replace('_', '-')}"] = _scans(pagemap, one, category)
+            answers["pfn"] = _shows_pfn(pid, pagemap)
+    return {"schema": SCHEMA, "pid": pid, "answers": answers}
+
+
+def _answer(state: str, number: int | None = None, detail: str = "", hint: str | None = None) -> dict[str, Any]:
+    return {"state": state, "errno": errorcode.get(number) if number else None, "detail": detail, "hint": hint}
+
+
+def _opens(pid: int, name: str) -> dict[str, Any]:
+    try:
+        with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
+            file.read(0 if name == "pagemap" else 1)
+    except FileNotFoundError as error:
+        raise TargetGoneError.make(
+            error.errno or 0, f"open /proc/{pid}/{name}", f"there is no process {pid}"
+        ) from error
+    except OSError as error:
+        hint = "CAP_SYS_PTRACE, or run as its user; a process that gave up privileges is root's to read"
+        return _answer("denied", error.errno, f"/proc/{pid}/{name} may not be read", hint)
+    return _answer("yes", None, f"/proc/{pid}/{name} can be read")
+
+
+def _scans(pagemap: Pagemap, where: AddressRange, category: PageCategory) -> dict[str, Any]:
+    try:
+        pagemap.scan(where, ScanQuery(all_of=category, report=category))
+    except KernelError as error:
+        return _answer("no", error.errno, error.strerror or "", error.hint)
+    return _answer("yes", None, f"PAGE_IS_{category.name} can be told")
+
+
+def _shows_pfn(pid: int, pagemap: Pagemap) -> dict[str, Any]:
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+        starts = [int(line.partition("-")[0], 16) for line in maps if not line.rstrip().endswith("[vsyscall]")]
+    for start in starts:
+        for entry in pagemap.entries(AddressRange.from_length(start, page_size())):
+            if entry.flags & EntryFlag.PRESENT:
+                shown = entry.pfn is not None
+                denied = _answer("denied", None, "page frame numbers are shown as 0", "CAP_SYS_ADMIN")
+                return _answer("yes", None, "page frame numbers are shown") if shown else denied
+    return _answer("unknown", None, "none of its mappings begins with a page in memory", "try again later")
+
+
+# -- The command -----------------------------------------------------------------------------------------------
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `probe`."""
+    parser = subparsers.add_parser(
+        "probe",
+        help="what this kernel lets this process do, and why not",
+        description="Tries, in throw-away memory, what this kernel lets this process do. Nothing is changed.",
+        epilog="Exits with 0; with --require: 0 all there, 1 one missing, 3 could not tell; 2 usage; with --pid: 4 no "
+        "such process. Data go to standard output, everything else to standard error.",
+    )
+    parser.add_argument("--format", choices=list(cli_formats.FORMATS), default="text", help="default: text")
+    parser.add_argument(
+        "--require", nargs="+", default=[], metavar="NAME", help="features, backends, guarantees: see --list"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing: the exit status is the answer")
+    parser.add_argument("--list", action="store_true", help="what can be required; nothing is tried")
+    parser.add_argument("--pid", type=int, help="what could be read of another process (text and json)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run it."""
+    known = requirable()
+    for name in arguments.require:
+        if not any(name in names for names in known.values()):
+            arguments.parser.error(f"nothing is named {name!r}: see `pagemapcompat probe --list`")
+    if arguments.list:
+        _put("".join(f"{name}\n" for names in known.values() for name in names), arguments)
+        return PRESENT
+    if arguments.pid is not None:
+        return _run_pid(arguments)
+    findings = find()
+    _put(cli_formats.FORMATS[arguments.format](findings.as_dict(), GROUPS), arguments)
+    lacking = list(unmet(findings, arguments.require))
+    for _, line in lacking:
+        if not arguments.quiet:
+            sys.stderr.write(f"pagemapcompat probe: {line}\n")
+    return min((status for status, _ in lacking), default=PRESENT)
+
+
+def _run_pid(arguments: argparse.Namespace) -> int:
+    if arguments.format not in cli_formats.PID_FORMATS:
+        arguments.parser.error(f"--pid prints {' or '.join(cli_formats.PID_FORMATS)}, not {arguments.format}")
+    if arguments.pid < 1:
+        arguments.parser.error(f"--pid {arguments.pid} is no process id")
+    try:
+        answers = readable(arguments.pid)
+    except TargetGoneError as error:
+        sys.stderr.write(f"pagemapcompat probe: {error.strerror}\n")
+        return GONE
+    _put(cli_formats.PID_FORMATS[arguments.format](answers), arguments)
+    return PRESENT
+
+
+def _put(text: str, arguments: argparse.Namespace) -> None:
+    if not arguments.quiet:
+        sys.stdout.write(text)
+
+
+__all__ = ["add_parser", "find", "requirable", "unmet"]
