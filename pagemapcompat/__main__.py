@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib.metadata import version
 
 from pagemapcompat import cli_probe, cli_scan, cli_selftest
-from pagemapcompat.errors import PagemapCompatError
+from pagemapcompat.cli_streams import EXIT_INTERRUPTED, say
+from pagemapcompat.errors import InvalidArgumentError, PagemapCompatError
+
+EXIT_USAGE, EXIT_UNTOLD = 2, 3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,15 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         status: int = chosen.run(chosen)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except PagemapCompatError as error:
-        sys.stderr.write(f"pagemapcompat: {error}{f' (hint: {error.hint})' if error.hint else ''}\n")
-        return 2
-    except BrokenPipeError:
-        # Whoever read has seen enough; what is left in the buffer must not be tried again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return cli_scan.EXIT_BROKEN_PIPE
+    except (PagemapCompatError, OSError) as error:
+        # A command that has statuses of its own for its errors has handled them.
+        hint = getattr(error, "hint", None)
+        say(f"pagemapcompat: {error}{f' (hint: {hint})' if hint else ''}\n")
+        return EXIT_USAGE if isinstance(error, InvalidArgumentError) else EXIT_UNTOLD
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return status
 
 

@@ -230,6 +230,11 @@ def mremap_pages(start: int, to: int, length: int) -> int:
     return int(lib.pmc_mremap_pages(start, to, length))
 
 
+def munlock(start: int, end: int) -> int:
+    """munlock(2): 0 or -errno."""
+    return int(lib.pmc_munlock(start, end))
+
+
 def dumpable() -> int:
     """PR_GET_DUMPABLE: 1 if this process may open its own files in /proc whatever its user, or -errno."""
     return int(lib.pmc_dumpable())

@@ -35,7 +35,7 @@ def _plain(value: object) -> str:
 
 def _painted(state: str, width: int) -> str:
     text = state.ljust(width)
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+    if sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         return f"\033[{_COLOURS.get(state, '0')}m{text}\033[0m"
     return text
 

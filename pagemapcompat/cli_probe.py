@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from errno import errorcode
+from contextlib import suppress
+from errno import ESRCH, errorcode
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from pagemapcompat import cli_formats
+from pagemapcompat import cli_formats, cli_scan
 from pagemapcompat.abi import EntryFlag, Feature, Guarantee, PageCategory
-from pagemapcompat.errors import KernelError, PagemapCompatError, TargetGoneError
+from pagemapcompat.cli_streams import EXIT_FAILED, put, say
+from pagemapcompat.errors import AccessError, KernelError, PagemapCompatError, TargetGoneError, UnsupportedError
 from pagemapcompat.memory import AddressRange, page_size
 from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import BACKEND_NAMES, FeatureReport, ProbeResult, probe, try_feature
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
 
-PRESENT, MISSING, USAGE, UNTOLD, GONE = 0, 1, 2, 3, 4
+PROGRAM = "pagemapcompat probe"
+PRESENT, MISSING, UNTOLD, GONE, DENIED, KERNEL_THREAD = 0, 1, 3, 4, 5, 6
 SCHEMA = 1
 """Of the JSON. Grows when a name changes its meaning or goes away; new names may come at any time."""
 GROUPS = (
@@ -49,18 +51,18 @@ class Findings:
 
     def as_dict(self) -> dict[str, Any]:
         """Of plain values, as `probe.schema.json` describes it."""
-        best = next(iter(self.usable), None)
+        best, limits = next(iter(self.usable), None), self.report.limits
         return {
             "schema": SCHEMA,
             "version": version("pagemapcompat"),
-            "privileged": os.geteuid() == 0 or "CAP_SYS_PTRACE" in self.report.limits.capabilities,
+            "privileged": "CAP_SYS_PTRACE" in limits.capabilities and not limits.user_namespace,
             "backend": best,
             "guarantees": _names(self.usable[best]) if best else [],
             "backends": {name: self._backend(name) for name in BACKEND_NAMES},
             "features": self.report.as_dict(),
             "limits": {
                 name: list(value) if isinstance(value, tuple) else value
-                for name, value in attrs.asdict(self.report.limits, recurse=False).items()
+                for name, value in attrs.asdict(limits, recurse=False).items()
             },
         }
 
@@ -103,19 +105,31 @@ def find() -> Findings:
 def _soft_dirty() -> ProbeResult:
     """Try it in a child: clearing is for all of a process, and a child's memory is its own."""
     answer, told = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os.close(answer)
+        os.close(told)
+        return ProbeResult(Feature.SOFT_DIRTY, "unknown", error.errno, "no process could be made", "raise ulimit -u")
     if pid == 0:
+        status = 1
         try:
             lab = Laboratory()
             try_feature(lab, Feature.PAGEMAP, frozenset())
+            try_feature(lab, Feature.PAGEMAP_SOFT_DIRTY, frozenset())
             result = try_feature(lab, Feature.SOFT_DIRTY, frozenset(), try_soft_dirty)
             os.write(told, json.dumps([result.state, result.errno, result.detail, result.hint]).encode())
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
     os.close(told)
     with os.fdopen(answer, "rb") as file:
-        state, number, detail, hint = json.loads(file.read())
-    os.waitpid(pid, 0)
+        text = file.read()
+    _, status = os.waitpid(pid, 0)
+    if status or not text:
+        detail = f"the process that tried it ended with {os.waitstatus_to_exitcode(status)}"
+        return ProbeResult(Feature.SOFT_DIRTY, "unknown", None, detail, "ask again, with more memory")
+    state, number, detail, hint = json.loads(text)
     return ProbeResult(Feature.SOFT_DIRTY, state, number, detail, hint)
 
 
@@ -140,7 +154,9 @@ def unmet(findings: Findings, names: Sequence[str]) -> Iterator[tuple[int, str]]
             wanted |= Guarantee[name]
         elif name in BACKEND_NAMES:
             if name not in findings.usable:
-                yield MISSING, f"{name}: {_with_hint(findings.as_dict()['backends'][name], 'reason')}"
+                refused = findings.refused[name]
+                fleeting = not isinstance(refused, UnsupportedError | AccessError)
+                yield UNTOLD if fleeting else MISSING, f"{name}: {refused}; remedy: {refused.hint or 'none'}"
         elif not (result := findings.report[Feature(name)]):
             answer = findings.report.as_dict()[name]
             yield (
@@ -184,17 +200,18 @@ def _answer(state: str, number: int | None = None, detail: str = "", hint: str |
 
 
 def _opens(pid: int, name: str) -> dict[str, Any]:
+    path = f"/proc/{pid}/{name}"
     try:
-        with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
-            file.read(0 if name == "pagemap" else 1)
-    except FileNotFoundError as error:
-        raise TargetGoneError.make(
-            error.errno or 0, f"open /proc/{pid}/{name}", f"there is no process {pid}"
-        ) from error
+        with open(path, "rb", buffering=0) as file:
+            held = file.read(8)  # a word of pagemap, and at least something of maps
+    except (FileNotFoundError, ProcessLookupError):
+        held = b""
     except OSError as error:
         hint = "CAP_SYS_PTRACE, or run as its user; a process that gave up privileges is root's to read"
-        return _answer("denied", error.errno, f"/proc/{pid}/{name} may not be read", hint)
-    return _answer("yes", None, f"/proc/{pid}/{name} can be read")
+        return _answer("denied", error.errno, f"{path} may not be read", hint)
+    if not held:
+        raise TargetGoneError.make(ESRCH, f"read {path}", f"there is no process {pid}, or it has no memory")
+    return _answer("yes", None, f"{path} can be read")
 
 
 def _scans(pagemap: Pagemap, where: AddressRange, category: PageCategory) -> dict[str, Any]:
@@ -206,7 +223,8 @@ def _scans(pagemap: Pagemap, where: AddressRange, category: PageCategory) -> dic
 
 
 def _shows_pfn(pid: int, pagemap: Pagemap) -> dict[str, Any]:
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+    starts: list[int] = []
+    with suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
         starts = [int(line.partition("-")[0], 16) for line in maps if not line.rstrip().endswith("[vsyscall]")]
     for start in starts:
         for entry in pagemap.entries(AddressRange.from_length(start, page_size())):
@@ -225,13 +243,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "probe",
         help="what this kernel lets this process do, and why not",
+        allow_abbrev=False,
         description="Tries, in throw-away memory, what this kernel lets this process do. Nothing is changed.",
         epilog="Exits with 0; with --require: 0 all there, 1 one missing, 3 could not tell; 2 usage; with --pid: 4 no "
-        "such process. Data go to standard output, everything else to standard error.",
+        "such process, 5 not ours to read, 6 a kernel thread. Data go to standard output, everything else to "
+        "standard error.",
     )
     parser.add_argument("--format", choices=list(cli_formats.FORMATS), default="text", help="default: text")
     parser.add_argument(
-        "--require", nargs="+", default=[], metavar="NAME", help="features, backends, guarantees: see --list"
+        "--require", nargs="+", action="extend", metavar="NAME", help="fail without these (pagemap-scan is the backend)"
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing: the exit status is the answer")
     parser.add_argument("--list", action="store_true", help="what can be required; nothing is tried")
@@ -241,22 +261,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run it."""
-    known = requirable()
-    for name in arguments.require:
+    known, required = requirable(), arguments.require or []
+    for name in required:
         if not any(name in names for names in known.values()):
             arguments.parser.error(f"nothing is named {name!r}: see `pagemapcompat probe --list`")
+    if required and (arguments.list or arguments.pid is not None):
+        arguments.parser.error("--require asks about this process: give it without --list and --pid")
     if arguments.list:
-        _put("".join(f"{name}\n" for names in known.values() for name in names), arguments)
-        return PRESENT
+        names = dict.fromkeys(name for names in known.values() for name in names)
+        return _put("".join(f"{name}\n" for name in names), arguments)
     if arguments.pid is not None:
         return _run_pid(arguments)
     findings = find()
-    _put(cli_formats.FORMATS[arguments.format](findings.as_dict(), GROUPS), arguments)
-    lacking = list(unmet(findings, arguments.require))
+    written = _put(cli_formats.FORMATS[arguments.format](findings.as_dict(), GROUPS), arguments)
+    lacking = list(unmet(findings, required))
     for _, line in lacking:
-        if not arguments.quiet:
-            sys.stderr.write(f"pagemapcompat probe: {line}\n")
-    return min((status for status, _ in lacking), default=PRESENT)
+        _complain(line, arguments)
+    return min((status for status, _ in lacking), default=written)
 
 
 def _run_pid(arguments: argparse.Namespace) -> int:
@@ -267,15 +288,23 @@ def _run_pid(arguments: argparse.Namespace) -> int:
     try:
         answers = readable(arguments.pid)
     except TargetGoneError as error:
-        sys.stderr.write(f"pagemapcompat probe: {error.strerror}\n")
-        return GONE
-    _put(cli_formats.PID_FORMATS[arguments.format](answers), arguments)
-    return PRESENT
+        _complain(error.strerror or "", arguments)
+        return KERNEL_THREAD if cli_scan.is_kernel_thread(arguments.pid) else GONE
+    written = _put(cli_formats.PID_FORMATS[arguments.format](answers), arguments)
+    return DENIED if answers["answers"]["pagemap"]["state"] == "denied" else written
 
 
-def _put(text: str, arguments: argparse.Namespace) -> None:
+def _put(text: str, arguments: argparse.Namespace) -> int:
+    """Print, and return the exit status: what could not be written was not told."""
+    if arguments.quiet:
+        return PRESENT
+    status = put([text], PROGRAM)
+    return UNTOLD if status == EXIT_FAILED else status
+
+
+def _complain(line: str, arguments: argparse.Namespace) -> None:
     if not arguments.quiet:
-        sys.stdout.write(text)
+        say(f"{PROGRAM}: {line}\n")
 
 
 __all__ = ["add_parser", "find", "requirable", "unmet"]

@@ -10,10 +10,9 @@ import re
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
-from errno import EBADF, ESRCH
+from errno import ESRCH
 from functools import cache, reduce
 from importlib import import_module
-from io import TextIOWrapper
 from operator import or_
 from time import monotonic
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -21,27 +20,24 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import attrs
 
 from pagemapcompat.abi import Feature, PageCategory
+from pagemapcompat.cli_streams import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, put, say
 from pagemapcompat.errors import InvalidArgumentError, PagemapCompatError, TargetGoneError, UnsupportedError
 from pagemapcompat.memory import PAGE_SHIFT, USER_END, AddressRange, page_size
 from pagemapcompat.pagemap import Pagemap, ScanQuery, ScanResult
 from pagemapcompat.probe import probe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
 PROGRAM = "pagemapcompat scan"
 SCHEMA = 1
 
-EXIT_OK = 0
-EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_GONE = 4
 EXIT_ACCESS = 5
 EXIT_KERNEL_THREAD = 6
 EXIT_UNSUPPORTED = 7
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
 
 _EPILOG = f"""\
 categories: {", ".join(str(category.name).lower() for category in PageCategory)}
@@ -219,9 +215,9 @@ def run(arguments: argparse.Namespace) -> int:
         request = _request(arguments)
         report = _look(request, _EVERYTHING if arguments.regions else _COUNTED)
         if arguments.regions and report.unknown and arguments.format != "json":
-            _say(f"{PROGRAM}: cannot be told here, and is in no row: {', '.join(report.unknown)}\n")
+            say(f"{PROGRAM}: cannot be told here, and is in no row: {', '.join(report.unknown)}\n")
         render = {"table": _table, "json": _json, "csv": _csv}[arguments.format]
-        return _print(render(report, regions=arguments.regions))
+        return put(render(report, regions=arguments.regions), PROGRAM)
     except (PagemapCompatError, OSError) as error:
         return _fail(error)
     except KeyboardInterrupt:
@@ -303,12 +299,26 @@ def _reading(pid: int) -> Iterator[None]:
         raise TargetGoneError.make(ESRCH, f"/proc/{pid}", "there is no such process (any more)") from error
 
 
-def _check_process(pid: int) -> None:
-    # Where /proc hides what belongs to others, Pagemap says why.
-    with suppress(PermissionError), _reading(pid), open(f"/proc/{pid}/stat", "rb") as stat:
+def is_kernel_thread(pid: int) -> bool:
+    """Whether it is one; not, where that cannot be read."""
+    with suppress(OSError):
+        return bool(_stat(pid)[1] & _KERNEL_THREAD)
+    return False
+
+
+def _stat(pid: int) -> tuple[bytes, int]:
+    """State and flags."""
+    with open(f"/proc/{pid}/stat", "rb") as stat:
         # The name, in parentheses, may have spaces and parentheses in it.
         state, *fields = stat.read().rpartition(b")")[2].split()
-        if int(fields[5]) & _KERNEL_THREAD:
+    return state, int(fields[5])
+
+
+def _check_process(pid: int) -> None:
+    # Where /proc hides what belongs to others, Pagemap says why.
+    with suppress(PermissionError), _reading(pid):
+        state, flags = _stat(pid)
+        if flags & _KERNEL_THREAD:
             raise _KernelThreadError(f"{pid} is a kernel thread").with_hint("it has no memory of its own")
         if state in (b"Z", b"X"):
             raise TargetGoneError.make(ESRCH, f"/proc/{pid}", "the process ended, and its parent has yet to notice")
@@ -482,32 +492,7 @@ def _visible(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
-# -- The streams -----------------------------------------------------------------------------------------------
-
-
-def _print(lines: Iterable[str]) -> int:
-    try:
-        if sys.stdout is None:
-            raise OSError(EBADF, os.strerror(EBADF))  # noqa: TRY301 - as writing to it would
-        if isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
-        sys.stdout.writelines(lines)
-        sys.stdout.flush()
-    except OSError as error:
-        _forget_output()
-        if isinstance(error, BrokenPipeError):
-            return EXIT_BROKEN_PIPE
-        _say(f"{PROGRAM}: standard output: {error.strerror}\n")
-        return EXIT_FAILED
-    return EXIT_OK
-
-
-def _forget_output() -> None:
-    """What is left in the buffer goes nowhere, or the interpreter would fail over it once more at its end."""
-    if sys.stdout is not None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+# -- Failures and progress ---------------------------------------------------------------------------------------
 
 
 def _fail(error: PagemapCompatError | OSError) -> int:
@@ -516,7 +501,7 @@ def _fail(error: PagemapCompatError | OSError) -> int:
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {text}"
     hint = getattr(error, "hint", None)
-    _say(f"{PROGRAM}: {text}; {hint}\n" if hint else f"{PROGRAM}: {text}\n")
+    say(f"{PROGRAM}: {text}; {hint}\n" if hint else f"{PROGRAM}: {text}\n")
     statuses: tuple[tuple[type[Exception], int], ...] = (
         (InvalidArgumentError, EXIT_USAGE),
         (_KernelThreadError, EXIT_KERNEL_THREAD),
@@ -525,14 +510,6 @@ def _fail(error: PagemapCompatError | OSError) -> int:
         (PermissionError, EXIT_ACCESS),
     )
     return next((status for kind, status in statuses if isinstance(error, kind)), EXIT_FAILED)
-
-
-def _say(text: str) -> None:
-    """To standard error, if anybody is there."""
-    with suppress(OSError):
-        if sys.stderr is not None:
-            sys.stderr.write(text)
-            sys.stderr.flush()
 
 
 @contextmanager
@@ -569,6 +546,6 @@ def _rich_bar(console: Any, progress: Any) -> Iterator[Callable[[float], None]]:
 @contextmanager
 def _plain_bar() -> Iterator[Callable[[float], None]]:
     try:
-        yield lambda fraction: _say(f"\r{PROGRAM}: {fraction:4.0%}")
+        yield lambda fraction: say(f"\r{PROGRAM}: {fraction:4.0%}")
     finally:
-        _say(f"\r{' ' * len(f'{PROGRAM}: 100%')}\r")
+        say(f"\r{' ' * len(f'{PROGRAM}: 100%')}\r")

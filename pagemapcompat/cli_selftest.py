@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mmap
-import sys
 from typing import TYPE_CHECKING
 
-from pagemapcompat.errors import PagemapCompatError
+from pagemapcompat.cli_streams import put
+from pagemapcompat.errors import AccessError, PagemapCompatError, UnsupportedError
 from pagemapcompat.memory import page_size
 from pagemapcompat.probe import BACKEND_NAMES
 from pagemapcompat.tracker import DirtyTracker
@@ -14,7 +14,7 @@ from pagemapcompat.tracker import DirtyTracker
 if TYPE_CHECKING:
     import argparse
 
-PASSED, FAILED, NONE_USABLE = 0, 1, 77
+FAILED, NONE_USABLE = 1, 77
 PAGES = 64
 
 
@@ -32,25 +32,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(_arguments: argparse.Namespace) -> int:
     """Run it."""
     passed = failed = 0
+    lines = []
     for name in BACKEND_NAMES:
         try:
             tracker = DirtyTracker(name)
-        except PagemapCompatError as error:
-            sys.stdout.write(f"{name}: not usable: {error}{f' (hint: {error.hint})' if error.hint else ''}\n")
+        except (UnsupportedError, AccessError) as error:
+            lines.append(f"{name}: not usable: {error}{f' (hint: {error.hint})' if error.hint else ''}\n")
             continue
         wrong = _check(tracker)
         failed += wrong is not None
         passed += wrong is None
-        sys.stdout.write(f"{name}: {f'FAILED: {wrong}' if wrong else 'passed'}\n")
-    return FAILED if failed else PASSED if passed else NONE_USABLE
+        lines.append(f"{name}: {f'FAILED: {wrong}' if wrong else 'passed'}\n")
+    written = put(lines, "pagemapcompat selftest")
+    return FAILED if failed else written if passed else NONE_USABLE
 
 
 def _check(tracker: DirtyTracker) -> str | None:
     """What went wrong, or None."""
-    memory = mmap.mmap(-1, PAGES * page_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     rounds = [set(range(0, PAGES, 3)), {0, PAGES - 1}, set(), set(range(PAGES))]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
-        with tracker, tracker.track(memory) as ram:
+        with tracker, mmap.mmap(-1, PAGES * page_size(), flags=flags) as memory, tracker.track(memory) as ram:
             for wrote in rounds:
                 for page in wrote:
                     memory[page * page_size()] += 1
@@ -62,8 +64,6 @@ def _check(tracker: DirtyTracker) -> str | None:
             ram.reset()
             if ram.collect().pages:
                 return "reset left pages that were written before it"
-    except PagemapCompatError as error:
+    except (PagemapCompatError, OSError) as error:
         return str(error)
-    finally:
-        memory.close()
     return None

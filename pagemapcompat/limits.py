@@ -14,6 +14,8 @@ _CAPABILITIES = {19: "CAP_SYS_PTRACE", 21: "CAP_SYS_ADMIN", 40: "CAP_CHECKPOINT_
 """Those that matter here, by number (`include/uapi/linux/capability.h`)."""
 _SECCOMP = ("off", "strict", "filter")
 _SYS = Path("/sys/kernel/mm")
+_EVERY_UID = ["0", "0", "4294967295"]
+"""/proc/self/uid_map in the initial user namespace."""
 
 
 @attrs.frozen(kw_only=True)
@@ -30,13 +32,15 @@ class Limits:
     """vm.unprivileged_userfaultfd: whether every process may have faults in kernel mode reported."""
     capabilities: tuple[str, ...]
     """Of CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_CHECKPOINT_RESTORE, those in effect."""
+    user_namespace: bool | None
+    """Whether capabilities are those of a user namespace, which count for nothing here."""
     seccomp: str | None
     """off, strict or filter: a filter may refuse any system call."""
     no_new_privs: bool | None
     dumpable: bool
     """Whether /proc/self belongs to this process's user: without it, and without privileges, pagemap is denied."""
-    open_files: int
-    """RLIMIT_NOFILE: a tracker needs 3 or 4 descriptors."""
+    open_files: int | None
+    """RLIMIT_NOFILE, None without limit: a tracker needs 3 or 4 descriptors."""
     max_map_count: int | None
     """vm.max_map_count: protecting single pages can split mappings."""
 
@@ -46,24 +50,36 @@ def read_limits() -> Limits:
     status = _status()
     effective = int(status.get("CapEff", "0"), 16)
     seccomp = status.get("Seccomp")
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    uids = _text(Path("/proc/self/uid_map"))
     enabled = _text(_SYS / "transparent_hugepage/enabled") or ""
     return Limits(
         page_size=page_size(),
-        huge_page_sizes=tuple(sorted(int(path.name.split("-")[1][:-2]) << 10 for path in _SYS.glob("hugepages/*kB"))),
+        huge_page_sizes=_huge_page_sizes(),
         transparent_hugepage=enabled.partition("[")[2].partition("]")[0] or None,
         unprivileged_userfaultfd=_switch(_text(Path("/proc/sys/vm/unprivileged_userfaultfd"))),
         capabilities=tuple(name for number, name in _CAPABILITIES.items() if effective >> number & 1),
+        user_namespace=uids.split() != _EVERY_UID if uids else None,
         seccomp=_SECCOMP[int(seccomp)] if seccomp else None,
         no_new_privs=_switch(status.get("NoNewPrivs")),
         dumpable=_kernel.dumpable() == 1,
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        open_files=None if files == resource.RLIM_INFINITY else files,
         max_map_count=_number(_text(Path("/proc/sys/vm/max_map_count"))),
     )
 
 
+def _huge_page_sizes() -> tuple[int, ...]:
+    try:
+        names = [path.name for path in (_SYS / "hugepages").iterdir()]
+    except OSError:
+        return ()
+    return tuple(sorted(int(name.removeprefix("hugepages-").removesuffix("kB")) << 10 for name in names))
+
+
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="ascii").strip()
+        # The name of a process, in its status, is whatever bytes it likes.
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
 

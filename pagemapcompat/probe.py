@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from errno import EOPNOTSUPP, errorcode
+from errno import EACCES, EAGAIN, EFBIG, EMFILE, ENFILE, ENOMEM, EOPNOTSUPP, EPERM, errorcode
 
 import attrs
 
@@ -18,6 +19,18 @@ BACKEND_NAMES = ("pagemap-scan", "uffd-wp")
 """Best first."""
 
 _DISABLE = "PAGEMAPCOMPAT_DISABLE"
+_HINTS = {
+    EMFILE: "raise ulimit -n and ask again",
+    ENFILE: "raise sysctl fs.file-max and ask again",
+    ENOMEM: "raise ulimit -v, or give it more memory, and ask again",
+    EAGAIN: "raise ulimit -u and ask again",
+    EFBIG: "raise ulimit -f and ask again",
+    EPERM: "a seccomp profile that allows the call",
+    EACCES: "a seccomp profile, or a security module, that allows the call",
+}
+_OTHER_HINT = "see the errno; /proc must be mounted"
+_FLEETING = {EMFILE, ENFILE, ENOMEM, EAGAIN}
+"""What may be otherwise a moment later: answers that came from it are not kept."""
 
 
 @attrs.frozen
@@ -108,8 +121,11 @@ def try_feature(lab: Laboratory, feature: Feature, disabled: frozenset[str], tri
         try:
             answer = (trial or TRIALS[feature])(lab)
         except OSError as error:
-            hint = "raise the limit it ran into and try again"
-            answer = "unknown", error.errno, f"trying failed: {error.strerror}", hint
+            denied = error.errno in (EPERM, EACCES)
+            hint = _HINTS.get(error.errno or 0, _OTHER_HINT)
+            answer = "denied" if denied else "unknown", error.errno, f"trying failed: {error.strerror}", hint
+        except MemoryError:
+            answer = "unknown", ENOMEM, "trying failed for lack of memory", _HINTS[ENOMEM]
     lab.answers[feature] = answer
     return ProbeResult(feature, *answer)
 
@@ -124,7 +140,42 @@ def _disabled() -> frozenset[str]:
     return names
 
 
-_cache: tuple[int, frozenset[str], FeatureReport] | None = None
+def _round(disabled: frozenset[str]) -> FeatureReport:
+    lab = Laboratory()
+    try:
+        results = {feature: try_feature(lab, feature, disabled) for feature in TRIALS}
+    finally:
+        lab.close()
+    return FeatureReport({feature: results[feature] for feature in Feature}, disabled, read_limits())
+
+
+def _round_apart(disabled: frozenset[str]) -> FeatureReport:
+    """A round in a thread of its own: signal handlers, which may raise anywhere, run in the main thread alone."""
+    outcome: list[FeatureReport | BaseException] = []
+    running = _thread.allocate_lock()
+
+    def work() -> None:
+        try:
+            outcome.append(_round(disabled))
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+            outcome.append(error)
+        finally:
+            running.release()
+
+    running.acquire()
+    try:
+        # Not a threading.Thread, whose start() leaves a broken thread behind when it is interrupted.
+        _thread.start_new_thread(work, ())
+    except RuntimeError:  # no more threads, or the interpreter is ending
+        return _round(disabled)
+    running.acquire()
+    report = outcome[0]
+    if isinstance(report, BaseException):
+        raise report
+    return report
+
+
+_cache: tuple[frozenset[str], FeatureReport] | None = None
 _lock = threading.RLock()
 
 
@@ -132,7 +183,8 @@ def probe(*, refresh: bool = False) -> FeatureReport:
     """What this kernel lets this process do. By doing; a few milliseconds the first time, then cached.
 
     It makes no signal or child, touches no tracker, and leaves no descriptor, thread or mapping behind. Any thread may
-    call it. What is cached is forgotten after a fork and when PAGEMAPCOMPAT_DISABLE changes.
+    call it; a fork waits until it is done. What is cached is forgotten after a fork and when PAGEMAPCOMPAT_DISABLE
+    changes, and nothing is kept that a lack of descriptors or memory brought about.
 
     Args:
         refresh: Ask again, e.g. after giving up privileges.
@@ -143,23 +195,29 @@ def probe(*, refresh: bool = False) -> FeatureReport:
     global _cache  # noqa: PLW0603
     disabled = _disabled()
     with _lock:
-        if not refresh and _cache and _cache[:2] == (os.getpid(), disabled):
-            return _cache[2]
-        lab = Laboratory()
-        try:
-            results = {feature: try_feature(lab, feature, disabled) for feature in TRIALS}
-        finally:
-            lab.close()
-        report = FeatureReport({feature: results[feature] for feature in Feature}, disabled, read_limits())
-        _cache = os.getpid(), disabled, report
+        if not refresh and _cache and _cache[0] == disabled:
+            return _cache[1]
+        report = _round_apart(disabled)
+        fleeting = any(result.errno in _FLEETING for result in report.values())
+        _cache = None if fleeting else (disabled, report)
         return report
 
 
-def _renew_lock() -> None:
-    global _lock  # noqa: PLW0603
-    _lock = threading.RLock()  # its holder, if it had one, does not exist in this process
+def _forget() -> None:
+    global _cache, _lock  # noqa: PLW0603
+    _lock = threading.RLock()  # its holder is the thread that forked, under another name now
+    _cache = None
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+def _wait() -> None:
+    _lock.acquire()
+
+
+def _go_on() -> None:
+    _lock.release()
+
+
+# A child that is forked in the middle of a round would keep its descriptors for ever.
+os.register_at_fork(before=_wait, after_in_parent=_go_on, after_in_child=_forget)
 
 __all__ = ["BACKEND_NAMES", "FeatureReport", "ProbeResult", "State", "probe", "try_feature"]

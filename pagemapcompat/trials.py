@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
+import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from errno import EACCES, EFAULT, EINVAL, ENOENT, ENOTTY, EPERM
+from errno import EACCES, EFAULT, EFBIG, EINVAL, ENODEV, ENOENT, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP, EPERM
 from pathlib import Path
 from struct import unpack
 from typing import Literal
@@ -25,7 +25,10 @@ State = Literal["yes", "no", "denied", "disabled", "unknown"]
 _HUGE = page_size() * (page_size() // 8)
 """What one page table of the lowest level maps."""
 _PFN_MASK = (1 << 55) - 1
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _kernel.MAP_NORESERVE
+_ABSENT = {ENOENT, ENODEV, ENXIO, ENOSYS, EINVAL, ENOTTY, EOPNOTSUPP}
+"""What a kernel says that does not have a call, or a device, or a part of either."""
+_DENIED = {EPERM, EACCES}
 _SINCE = {
     UffdFeature.MINOR_HUGETLBFS: "5.13",
     UffdFeature.MINOR_SHMEM: "5.14",
@@ -73,21 +76,25 @@ class Laboratory:
 
     def lacks(self, *features: Feature) -> Answer | None:
         """The answer for whatever builds on something that is not there, or of which nobody knows whether it is."""
-        for feature in features:
-            if not self.has(feature):
-                state, number, _, hint = self.answers[feature]
-                if state == "no":
-                    return "no", number, f"it needs {feature.value}, which is not there", hint
-                return "unknown", None, f"it needs {feature.value}", hint
+        missing = [feature for feature in features if not self.has(feature)]
+        for feature in missing:
+            state, number, _, hint = self.answers[feature]
+            if state == "no":
+                return "no", number, f"it needs {feature.value}, which is not there", hint
+        for feature in missing:
+            return "unknown", None, f"it needs {feature.value}", self.answers[feature][3]
         return None
 
     @contextmanager
     def memory(self, length: int) -> Iterator[tuple[int, memoryview]]:
         """*length* bytes of empty private anonymous memory that begin on a 2 MiB boundary: (address, view)."""
         with _mapping(length + _HUGE) as (address, whole):
-            skip = -address % _HUGE
-            with whole[skip : skip + length] as view:
-                yield address + skip, view
+            start = address + -address % _HUGE
+            # mlockall(MCL_FUTURE) populates and locks it, and locked memory takes neither discards nor guard pages.
+            _kernel.munlock(start, start + length)
+            _kernel.madvise(start, start + length, mmap.MADV_DONTNEED)
+            with whole[start - address : start - address + length] as view:
+                yield start, view
 
     @contextmanager
     def uffd(self, features: UffdFeature) -> Iterator[int]:
@@ -122,9 +129,11 @@ def _pagemap(lab: Laboratory) -> Answer:
     try:
         lab.pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (EACCES, EPERM):
+        if error.errno in _DENIED:
             hint = "this process is not dumpable, as after dropping privileges: prctl(PR_SET_DUMPABLE, 1)"
             return "denied", error.errno, "/proc/self/pagemap may not be opened", hint
+        if error.errno not in _ABSENT:
+            raise
         hint = "mount /proc; a kernel needs CONFIG_PROC_PAGE_MONITOR"
         return "no", error.errno, "/proc/self/pagemap cannot be opened", hint
     return _yes("/proc/self/pagemap opens")
@@ -133,8 +142,10 @@ def _pagemap(lab: Laboratory) -> Answer:
 def _opens(way: Way) -> Trial:
     def answer(lab: Laboratory) -> Answer:
         fd, _, attempt = open_userfaultfd(way, UffdFeature(0))
+        if fd < 0 and attempt.errno not in _ABSENT | _DENIED:
+            raise OSError(attempt.errno, os.strerror(attempt.errno))
         if fd < 0:
-            state: State = "denied" if attempt.errno in (EPERM, EACCES) else "no"
+            state: State = "denied" if attempt.errno in _DENIED else "no"
             return state, attempt.errno, f"{attempt.call} fails", open_hint(attempt)
         os.close(fd)
         lab.way = lab.way or way
@@ -146,10 +157,15 @@ def _opens(way: Way) -> Trial:
 def _offers(feature: UffdFeature) -> Trial:
     def answer(lab: Laboratory) -> Answer:
         if lab.way is None:
-            return "unknown", None, "no userfaultfd can be opened", lab.answers[Feature.UFFD_USER_MODE_ONLY][3]
+            _, number, _, hint = lab.answers[Feature.UFFD_USER_MODE_ONLY]
+            # If one of them is there, and not for this process, nobody knows what it could do.
+            absent = all(lab.answers[way.feature][0] == "no" for way in Way)
+            return "no" if absent else "unknown", number, "no userfaultfd can be opened", hint
         fd, _, attempt = open_userfaultfd(lab.way, feature)
-        if fd < 0 and attempt.errno == EPERM:
-            return "denied", EPERM, f"UFFDIO_API refuses {feature.name}", "CAP_SYS_PTRACE"
+        if fd < 0 and attempt.errno in _DENIED:
+            return "denied", attempt.errno, f"UFFDIO_API refuses {feature.name}", _PTRACE
+        if fd < 0 and attempt.errno not in _ABSENT:
+            raise OSError(attempt.errno, os.strerror(attempt.errno))
         if fd < 0:
             since = f"Linux {_SINCE[feature]} or newer" if feature in _SINCE else open_hint(attempt)
             return "no", attempt.errno, f"UFFDIO_API refuses {feature.name}", since
@@ -165,9 +181,10 @@ def _uffd_wp(lab: Laboratory) -> Answer:
         return answer
     with lab.uffd(UffdFeature.PAGEFAULT_FLAG_WP) as uffd, lab.memory(page_size()) as (at, _):
         rc, _ = _kernel.uffd_register(uffd, at, at + page_size())
-        if rc:
+        if -rc in _ABSENT:
             hint = "a kernel whose architecture has userfaultfd write-protection"
             return "no", -rc, "UFFDIO_REGISTER refuses write-protection of private anonymous memory", hint
+        _check(rc, "UFFDIO_REGISTER")
     return _yes("private anonymous memory can be write-protected")
 
 
@@ -181,6 +198,7 @@ def _shared() -> Iterator[int]:
 def _memfd() -> Iterator[int]:
     fd = os.memfd_create("pagemapcompat")
     try:
+        _check_file_size()
         os.ftruncate(fd, page_size())
         with _mapping(page_size(), mmap.MAP_SHARED, fd) as (at, _):
             yield at
@@ -192,51 +210,85 @@ def _memfd() -> Iterator[int]:
 def _hugetlb() -> Iterator[int]:
     # No page is taken from the reserve, which may well be empty.
     flags = _PRIVATE | _kernel.MAP_HUGETLB | _kernel.MAP_NORESERVE
-    with _mapping(default_huge_page_size() or _HUGE, flags) as (at, _):
+    with _mapping(huge_page_size(), flags) as (at, _):
         yield at
 
 
-def default_huge_page_size() -> int | None:
-    """What MAP_HUGETLB gives, in bytes, or None. Source: proc_meminfo(5)."""
+def huge_page_size() -> int:
+    """What MAP_HUGETLB gives, in bytes; 0 where there is none. Source: proc_meminfo(5)."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("Hugepagesize:"):
             return int(line.split()[1]) << 10
-    return None
+    return 0
 
 
-def _file(flags: int) -> Callable[[], AbstractContextManager[int]]:
-    @contextmanager
-    def make() -> Iterator[int]:
-        fd = _file_on_disk()
-        try:
-            os.ftruncate(fd, page_size())
-            with _mapping(page_size(), flags, fd) as (at, _):
-                yield at
-        finally:
-            os.close(fd)
-
-    return make
+@contextmanager
+def _private_file() -> Iterator[int]:
+    # Any file will do, for nothing is written to it: this one.
+    fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check_on_disk(fd)
+        with _mapping(page_size(), mmap.MAP_PRIVATE, fd) as (at, _):
+            yield at
+    finally:
+        os.close(fd)
 
 
-def _file_on_disk() -> int:
-    """A file that no folder lists and that is none of a tmpfs, whose pages are shared memory."""
-    in_memory = set()
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        fields, _, rest = line.partition(" - ")
-        if rest.split()[0] in {"tmpfs", "devtmpfs", "hugetlbfs"}:
-            in_memory.add(fields.split()[2])
-    for folder in ("/var/tmp", tempfile.gettempdir(), os.path.expanduser("~"), os.curdir):  # noqa: S108, PTH111
+@contextmanager
+def _shared_file() -> Iterator[int]:
+    fd = _scratch_file()
+    try:
+        _check_file_size()
+        os.ftruncate(fd, page_size())
+        with _mapping(page_size(), mmap.MAP_SHARED, fd) as (at, _):
+            yield at
+    finally:
+        os.close(fd)
+
+
+class _NowhereError(OSError):
+    """There is no place to try in."""
+
+
+def _scratch_file() -> int:
+    """A file on a disk that no folder lists."""
+    for folder in ("/var/tmp", os.environ.get("TMPDIR", "/tmp")):  # noqa: S108 - no name is ever in it
         with suppress(OSError):
             fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
-            device = os.fstat(fd).st_dev
-            if f"{os.major(device)}:{os.minor(device)}" not in in_memory:
-                return fd
-            os.close(fd)
-    raise OSError(ENOENT, "no folder on a disk may be written to")
+            try:
+                _check_on_disk(fd)
+            except OSError:
+                os.close(fd)
+                raise
+            return fd
+    raise _NowhereError(ENOENT, "neither /var/tmp nor TMPDIR is a folder on a disk that takes O_TMPFILE")
+
+
+def _check_on_disk(fd: int) -> None:
+    """The pages of a tmpfs are shared memory, and no file's."""
+    device = os.fstat(fd).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2] == number and rest.split()[0] in {"tmpfs", "devtmpfs", "hugetlbfs"}:
+            raise _NowhereError(ENOENT, "the file is in memory, and not on a disk")
+
+
+def _check_file_size() -> None:
+    """A file that grows beyond RLIMIT_FSIZE is a SIGXFSZ."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and limit < page_size():
+        raise OSError(EFBIG, "RLIMIT_FSIZE is below a page")
 
 
 def _registers(
-    make: Callable[[], AbstractContextManager[int]], what: str, needed: Feature, hint: str, *, huge: bool = False
+    make: Callable[[], AbstractContextManager[int]],
+    what: str,
+    needed: Feature,
+    hint: str,
+    *,
+    huge: bool = False,
+    where: str = "",
 ) -> Trial:
     """Whether memory of a kind can be registered. *needed*: what makes it so, where somebody disabled it."""
 
@@ -249,13 +301,18 @@ def _registers(
         features = UffdFeature.PAGEFAULT_FLAG_WP
         for feature, bit in _KIND_FEATURES.items():
             features |= bit if lab.has(feature) else UffdFeature(0)
-        with lab.uffd(features) as uffd, make() as at:
-            size = (default_huge_page_size() or _HUGE) if huge else page_size()
-            rc, _ = _kernel.uffd_register(uffd, at, at + size)
+        size = huge_page_size() if huge else page_size()
+        if not size:
+            return "no", None, "this kernel has no huge pages", "a kernel with CONFIG_HUGETLBFS"
+        try:
+            with lab.uffd(features) as uffd, make() as at:
+                rc, _ = _kernel.uffd_register(uffd, at, at + size)
+        except _NowhereError as error:
+            return "unknown", error.errno, f"{error.strerror}", "TMPDIR=/a/folder/on/a/disk"
         if rc == -EINVAL:
             return "no", EINVAL, f"UFFDIO_REGISTER refuses {what}", hint
         _check(rc, "UFFDIO_REGISTER")
-        return _yes(f"{what} can be write-protected")
+        return _yes(f"{what} can be write-protected{where}")
 
     return answer
 
@@ -265,6 +322,7 @@ _KIND_FEATURES = {
     Feature.UFFD_WP_ASYNC: UffdFeature.WP_ASYNC,
 }
 _SHARED_HINT = "Linux 5.19 or newer; until then map it MAP_PRIVATE | MAP_ANONYMOUS"
+_ASYNC_ALONE = ", asynchronously: by backend pagemap-scan alone"
 _FILE_HINT = "Linux 6.7 or newer, whose WP_ASYNC takes files; until then map it MAP_PRIVATE | MAP_ANONYMOUS"
 
 
@@ -305,9 +363,13 @@ def _kernel_writes(lab: Laboratory) -> Answer:
     if missing:
         return missing
     # Somebody has to answer the fault, or the read would never end: a tracker, of which nobody else knows.
-    uffd, _, attempt = open_userfaultfd(lab.way or Way.SYSCALL, UffdFeature.PAGEFAULT_FLAG_WP)
+    assert lab.way is not None  # noqa: S101 - lacks() saw to it
+    pagemap = os.dup(lab.pagemap)
+    uffd, _, attempt = open_userfaultfd(lab.way, UffdFeature.PAGEFAULT_FLAG_WP)
+    if uffd < 0:
+        os.close(pagemap)
     _check(-attempt.errno, str(attempt))
-    rc, tracker = _kernel.tracker_create(uffd, os.dup(lab.pagemap), 0)
+    rc, tracker = _kernel.tracker_create(uffd, pagemap, 0)
     _check(rc, "start a fault thread")
     assert tracker is not None  # noqa: S101 - rc is 0
     try:
@@ -325,7 +387,8 @@ def _kernel_writes(lab: Laboratory) -> Answer:
     return "denied", EFAULT, f"{_FILLS_NOT}: faults are reported in user mode alone", _FULL_HINT
 
 
-_FULL_HINT = "CAP_SYS_PTRACE, read and write permission on /dev/userfaultfd, or sysctl vm.unprivileged_userfaultfd=1"
+_PTRACE = "CAP_SYS_PTRACE, in the initial user namespace"
+_FULL_HINT = f"{_PTRACE}, read and write permission on /dev/userfaultfd, or sysctl vm.unprivileged_userfaultfd=1"
 
 
 def _async_kernel_writes(lab: Laboratory) -> Answer:
@@ -445,8 +508,10 @@ def _pagemap_scan(lab: Laboratory) -> Answer:
     rc, _ = _kernel.pagemap_scan(lab.pagemap, 0, 0)
     if rc == 0:
         return _yes("the ioctl answers")
-    if rc in (-EPERM, -EACCES):
+    if -rc in _DENIED:
         return "denied", -rc, "the ioctl is refused", "a seccomp profile that allows ioctl(2) on /proc/PID/pagemap"
+    if -rc not in _ABSENT:
+        _check(rc, "PAGEMAP_SCAN")
     return "no", -rc, "the ioctl is not there", "Linux 6.7 or newer, or a kernel that has it back-ported"
 
 
@@ -510,6 +575,8 @@ def _knows(category: PageCategory) -> Trial:
             return missing
         if rc == 0:
             return _yes(f"PAGEMAP_SCAN knows PAGE_IS_{category.name}")
+        if rc != -EINVAL:
+            _check(rc, "PAGEMAP_SCAN")
         return "no", -rc, f"PAGEMAP_SCAN refuses PAGE_IS_{category.name}", "a newer kernel, or a query without it"
 
     return answer
@@ -523,8 +590,11 @@ def _procmap_query(_lab: Laboratory) -> Answer:
         os.close(fd)
     if rc > 0:
         return _yes("mappings can be asked for one by one")
-    state: State = "no" if rc in (-ENOTTY, -EINVAL) else "denied"
-    return state, -rc, "the ioctl on /proc/self/maps is not there", "Linux 6.11 or newer; until then the text is read"
+    if -rc in _DENIED:
+        return "denied", -rc, "the ioctl on /proc/self/maps is refused", "a seccomp profile that allows ioctl(2) on it"
+    if -rc not in _ABSENT:
+        _check(rc, "PROCMAP_QUERY")
+    return "no", -rc, "the ioctl on /proc/self/maps is not there", "Linux 6.11 or newer; until then the text is read"
 
 
 def _advises(advice: int, name: str, since: str) -> Trial:
@@ -533,6 +603,10 @@ def _advises(advice: int, name: str, since: str) -> Trial:
             rc = _kernel.madvise(at, at + page_size(), advice)
         if rc == 0:
             return _yes(f"{name} is accepted")
+        if -rc in _DENIED:
+            return "denied", -rc, f"{name} is refused", "a seccomp profile that allows madvise(2)"
+        if -rc not in _ABSENT:
+            _check(rc, name)
         return "no", -rc, f"{name} is refused", f"Linux {since} or newer"
 
     return answer
@@ -547,10 +621,10 @@ _KINDS: Mapping[Feature, Trial] = {
         _hugetlb, "hugetlb memory", Feature.UFFD_WP_HUGETLBFS_SHMEM, _SHARED_HINT, huge=True
     ),
     Feature.UFFD_WP_PRIVATE_FILE: _registers(
-        _file(mmap.MAP_PRIVATE), "a private file mapping", Feature.UFFD_WP_ASYNC, _FILE_HINT
+        _private_file, "a private file mapping", Feature.UFFD_WP_ASYNC, _FILE_HINT, where=_ASYNC_ALONE
     ),
     Feature.UFFD_WP_SHARED_FILE: _registers(
-        _file(mmap.MAP_SHARED), "a shared file mapping", Feature.UFFD_WP_ASYNC, _FILE_HINT
+        _shared_file, "a shared file mapping", Feature.UFFD_WP_ASYNC, _FILE_HINT, where=_ASYNC_ALONE
     ),
 }
 

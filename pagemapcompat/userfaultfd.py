@@ -69,7 +69,7 @@ def open_userfaultfd(way: Way, features: UffdFeature) -> tuple[int, UffdFeature,
         rc = -EINVAL
     if rc:
         os.close(fd)
-        missing = f"{_CALLS[way]}, UFFDIO_API with {features.name or features.value}"
+        missing = f"{_CALLS[way]}, UFFDIO_API{f' with {features.name or int(features)}' if features else ''}"
         return -1, UffdFeature(0), Attempt(way, missing, -rc)
     return fd, UffdFeature(granted), Attempt(way, _CALLS[way], 0)
 
@@ -77,10 +77,12 @@ def open_userfaultfd(way: Way, features: UffdFeature) -> tuple[int, UffdFeature,
 def open_hint(attempt: Attempt) -> str:
     """What to change so that an attempt that failed would succeed."""
     number = attempt.errno
+    if attempt.way is Way.DEVICE and number == EPERM:
+        return "a container that is given the device /dev/userfaultfd (a cgroup refuses it)"
     if number == EPERM:
         return (
-            "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE; in a container also a seccomp profile that "
-            "allows userfaultfd"
+            "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE in the initial user namespace; in a container "
+            "also a seccomp profile that allows userfaultfd"
         )
     if number == EACCES:
         return "read and write permission on /dev/userfaultfd (root's alone by default), e.g. by a udev rule"

@@ -1,8 +1,9 @@
-"""Whether `probe` says what the library then really does: compared answer by answer, for whoever runs it."""
+"""Whether `probe` says what the library and the kernel then really do, for whoever runs it."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import tempfile
@@ -21,6 +22,7 @@ from pagemapcompat import (
     Pagemap,
     PagemapCompatError,
     ScanQuery,
+    _kernel,
     probe,
 )
 
@@ -137,8 +139,43 @@ def raw(call: Callable[[], object]) -> bool:
     return True
 
 
+def system_call(flags: int) -> Callable[[], bool]:
+    """Whether userfaultfd(2) opens with *flags*."""
+
+    def opens() -> bool:
+        fd = _kernel.uffd_open({0: _kernel.UFFD_SYSCALL, 1: _kernel.UFFD_USER_MODE_ONLY}[flags])
+        if fd >= 0:
+            os.close(fd)
+        return fd >= 0
+
+    return opens
+
+
+def device() -> bool:
+    """Whether /dev/userfaultfd gives a userfaultfd."""
+    try:
+        fd = os.open("/dev/userfaultfd", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        os.close(fcntl.ioctl(fd, USERFAULTFD_IOC_NEW, os.O_CLOEXEC))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+USERFAULTFD_IOC_NEW = 0xAA00
+OPENINGS = {
+    Feature.UFFD_SYSCALL: system_call(0),
+    Feature.UFFD_USER_MODE_ONLY: system_call(1),
+    Feature.UFFD_DEVICE: device,
+}
+
+
 def check() -> dict[str, int]:
-    """Compare every answer with what is then really so. Returns how many answers there were in each state."""
+    """Compare the answers with what is then really so. Returns how many there were in each state."""
     report = probe(refresh=True)
     opened = trackers()
     with contextlib.ExitStack() as stack:
@@ -170,11 +207,12 @@ def check() -> dict[str, int]:
         with Pagemap() as pagemap:
             (entry,) = pagemap.entries(memory)
         assert (entry.pfn is not None) == bool(report[Feature.PAGEMAP_PFN])
-    device = "/dev/userfaultfd"
-    assert (
-        bool(report[Feature.UFFD_DEVICE]) == raw(lambda: os.close(os.open(device, os.O_RDWR)))
-        or not report[Feature.UFFD_DEVICE]
-    )
+    for feature, opens in OPENINGS.items():
+        assert bool(report[feature]) == opens(), report[feature]
+    memory = mmap.mmap(-1, PAGE, flags=PRIVATE)
+    for feature, advice in ((Feature.MADV_POPULATE_READ, 22), (Feature.MADV_GUARD, libc.GUARD_INSTALL)):
+        assert bool(report[feature]) == raw(lambda advice=advice: memory.madvise(advice)), report[feature]
+    assert report.limits.page_size == PAGE
     states: dict[str, int] = {}
     for result in report.values():
         assert bool(result.hint) == (result.state != "yes"), result

@@ -19,6 +19,7 @@ from conftest import CHILD_SECONDS, lacking
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagemapcompat import DirtyTracker, Feature, Guarantee, KernelError, PageCategory, page_size
+from pagemapcompat.cli_scan import is_kernel_thread
 from pagemapcompat.probe import BACKEND_NAMES
 
 FORMATS = ("text", "json", "env", "macros", "nfd", "prometheus", "ansible")
@@ -237,6 +238,9 @@ def test_require_names_what_is_missing() -> None:
     disabled = {"PAGEMAPCOMPAT_DISABLE": "pagemap"}
     assert command("probe", "--quiet", "--require", "pagemap-uffd-wp", env=disabled).returncode == 3
     assert command("probe", "--quiet", "--require", "pagemap-uffd-wp", "pagemap", env=disabled).returncode == 1
+    # Each is asked for, however often the option is given.
+    arguments = ["probe", "--quiet", "--require", "pagemap-scan", "--require", "pagemap"]
+    assert command(*arguments, env=NOTHING_WORKS).returncode == 1
     try:
         DirtyTracker("uffd-wp").close()
     except KernelError as error:
@@ -255,6 +259,8 @@ def test_require_names_what_is_missing() -> None:
         (["probe", "--pid", "0"], "--pid 0"),
         (["probe", "--pid", "me"], "me"),
         (["probe", "--pid", "1", "--format", "env"], "--pid prints text or json"),
+        (["probe", "--pid", "1", "--require", "pagemap"], "without --list and --pid"),
+        (["probe", "--req", "pagemap"], "--req"),
         (["frobnicate"], "frobnicate"),
         ([], "COMMAND"),
     ],
@@ -268,9 +274,10 @@ def test_a_wrong_command_line(arguments: list[str], word: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_wrong_environment() -> None:
+@pytest.mark.parametrize("name", ["probe", "selftest"])
+def test_a_wrong_environment(name: str) -> None:
     """Is named, with what it takes."""
-    done = command("probe", env={"PAGEMAPCOMPAT_DISABLE": "nonsense"})
+    done = command(name, env={"PAGEMAPCOMPAT_DISABLE": "nonsense"})
     assert (done.returncode, done.stdout) == (2, "")
     assert "nonsense" in done.stderr
     assert "Traceback" not in done.stderr
@@ -296,7 +303,7 @@ def test_another_process() -> None:
 
 
 def test_a_process_that_is_not_ours() -> None:
-    """Denied, with the errno and a remedy; that is an answer, and no failure."""
+    """Denied, with the errno and a remedy, and a status that says so."""
     if os.geteuid() != 0:
         lacking("root", "another user's process is needed (EPERM)", "run as root")
     program = (
@@ -306,10 +313,26 @@ def test_a_process_that_is_not_ours() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=CHILD_SECONDS, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 5, done.stderr
     answer = json.loads(done.stdout)["answers"]["pagemap"]
     assert (answer["state"], answer["errno"]) == ("denied", "EACCES")
     assert "CAP_SYS_PTRACE" in answer["hint"]
+
+
+@pytest.mark.kernel
+def test_processes_without_memory() -> None:
+    """A zombie is gone, and a kernel thread is one, whoever asks and in whatever form."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        done = command("probe", "--pid", str(child.pid))
+        assert done.returncode in (4, 5), done.stderr  # without privileges it is denied already
+    if not os.path.exists("/proc/2/stat") or os.geteuid() != 0:
+        lacking("kernel-thread", "no kernel thread may be seen (EACCES or ENOENT)", "root, outside of a container")
+    if not is_kernel_thread(2):
+        lacking("kernel-thread", "2 is a process of this container (ENOENT)", "root, outside of a container")
+    done = command("probe", "--pid", "2")
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "no memory" in done.stderr
 
 
 # -- The rest ----------------------------------------------------------------------------------------------------
@@ -324,6 +347,23 @@ def test_a_closed_pipe_is_quiet() -> None:
         assert child.stderr is not None
         assert child.stderr.read() == b""
         assert child.wait(CHILD_SECONDS) == 141
+
+
+@pytest.mark.parametrize(
+    "arguments", [["probe"], ["probe", "--quiet"], ["probe", "--list"], ["selftest"]], ids=" ".join
+)
+def test_standard_output_may_be_closed(arguments: list[str]) -> None:
+    """Or full: one line says so, and the status is none that means something else."""
+    for redirection in (">&-", ">/dev/full"):
+        line = f'exec "$@" {redirection}'
+        program = ["sh", "-c", line, "sh", sys.executable, "-m", "pagemapcompat", *arguments]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
+        assert "Traceback" not in done.stderr
+        if "--quiet" in arguments:
+            assert (done.returncode, done.stderr) == (0, "")
+        else:
+            assert done.returncode == (3 if arguments[0] == "probe" else 1)
+            assert len(done.stderr.splitlines()) == 1
 
 
 def test_version() -> None:

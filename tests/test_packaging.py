@@ -47,8 +47,9 @@ LAYERS = (
     {"selection"},
     {"tracker"},
     {"__init__"},
-    {"cli_formats"},
-    {"cli_probe", "cli_scan", "cli_selftest"},
+    {"cli_formats", "cli_streams"},
+    {"cli_scan", "cli_selftest"},
+    {"cli_probe"},
     {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -94,6 +94,8 @@ int pmc_uffd_register(int uffd, uint64_t start, uint64_t end, uint64_t *ioctls);
 int pmc_uffd_unregister(int uffd, uint64_t start, uint64_t end);
 // Exactly one ioctl. *mode* is UFFDIO_WRITEPROTECT_MODE_*: 1 protects, 0 un-protects and wakes.
 int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, uint64_t mode);
+// munlock(2): 0 or -errno.
+int pmc_munlock(uint64_t start, uint64_t end);
 // prctl(PR_GET_DUMPABLE): 1 where /proc/self is this process's user's to open, 0 or 2 where it is root's; or -errno.
 int pmc_dumpable(void);
 // One PAGEMAP_SCAN. Returns the number of regions or -errno.

@@ -93,6 +93,11 @@ int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, 
 	return errno == ENOENT ? 0 : -errno;
 }
 
+int pmc_munlock(uint64_t start, uint64_t end)
+{
+	return munlock((void *)(uintptr_t)start, end - start) ? -errno : 0;
+}
+
 int pmc_dumpable(void)
 {
 	int state = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
