@@ -15,11 +15,12 @@ from pagemapcompat import cli_formats, cli_scan
 from pagemapcompat.abi import EntryFlag, Feature, Guarantee, PageCategory
 from pagemapcompat.cli_streams import EXIT_FAILED, put, say
 from pagemapcompat.errors import AccessError, KernelError, PagemapCompatError, TargetGoneError, UnsupportedError
+from pagemapcompat.laboratory import Laboratory
 from pagemapcompat.memory import AddressRange, page_size
 from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import BACKEND_NAMES, FeatureReport, ProbeResult, probe, try_feature
 from pagemapcompat.tracker import DirtyTracker
-from pagemapcompat.trials import Laboratory, try_soft_dirty
+from pagemapcompat.trials_pagemap import try_soft_dirty
 
 if TYPE_CHECKING:
     import argparse

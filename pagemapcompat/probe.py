@@ -12,8 +12,9 @@ import attrs
 
 from pagemapcompat.abi import Feature
 from pagemapcompat.errors import AccessError, InvalidArgumentError, UnsupportedError
+from pagemapcompat.laboratory import Answer, Laboratory, State, Trial
 from pagemapcompat.limits import Limits, read_limits
-from pagemapcompat.trials import TRIALS, Answer, Laboratory, State, Trial
+from pagemapcompat.trials import TRIALS
 
 BACKEND_NAMES = ("pagemap-scan", "uffd-wp")
 """Best first."""

@@ -549,7 +549,7 @@ def test_huge_pages_of_the_flags_can_be_tracked(disabled: str, program: Path) ->
         """
         import mmap, sys
         from pagemapcompat import DirtyTracker, page_size
-        from pagemapcompat.trials import huge_page_size
+        from pagemapcompat.trials_kinds import huge_page_size
 
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         for kind in sys.argv[1:]:
