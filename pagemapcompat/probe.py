@@ -153,9 +153,11 @@ def _round(disabled: frozenset[str]) -> FeatureReport:
 def _round_apart(disabled: frozenset[str]) -> FeatureReport:
     """A round in a thread of its own: signal handlers, which may raise anywhere, run in the main thread alone."""
     outcome: list[FeatureReport | BaseException] = []
+    thread: list[int] = []
     running = _thread.allocate_lock()
 
     def work() -> None:
+        thread.append(_thread.get_native_id())
         try:
             outcome.append(_round(disabled))
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
@@ -170,6 +172,9 @@ def _round_apart(disabled: frozenset[str]) -> FeatureReport:
     except RuntimeError:  # no more threads, or the interpreter is ending
         return _round(disabled)
     running.acquire()
+    # Whoever forks next must find this process with the threads it had.
+    while os.path.exists(f"/proc/self/task/{thread[0]}"):  # noqa: PTH110 - in a hurry
+        os.sched_yield()
     report = outcome[0]
     if isinstance(report, BaseException):
         raise report

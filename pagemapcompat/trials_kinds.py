@@ -47,7 +47,7 @@ def _hugetlb() -> Iterator[int]:
 
 def huge_page_size() -> int:
     """What MAP_HUGETLB gives, in bytes; 0 where there is none. Source: proc_meminfo(5)."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("Hugepagesize:"):
             return int(line.split()[1]) << 10
     return 0

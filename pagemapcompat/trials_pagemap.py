@@ -73,7 +73,7 @@ def try_soft_dirty(lab: Laboratory) -> Answer:
         for number in (1, 2):
             view[0] = number
             try:
-                with open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
+                with open("/proc/self/clear_refs", "w", encoding="utf-8") as refs:
                     refs.write("4")
             except OSError as error:
                 state: State = "denied" if error.errno in (EACCES, EPERM) else "no"

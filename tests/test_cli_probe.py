@@ -307,8 +307,9 @@ def test_a_process_that_is_not_ours() -> None:
     if os.geteuid() != 0:
         lacking("root", "another user's process is needed (EPERM)", "run as root")
     program = (
-        "import os, sys; parent = os.getppid(); os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "from pagemapcompat.__main__ import main; sys.exit(main(['probe', '--format', 'json', '--pid', str(parent)]))"
+        "import os, sys; from pagemapcompat.__main__ import main, version; version('pagemapcompat')\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)  # who may not read the interpreter's own modules\n"
+        "sys.exit(main(['probe', '--format', 'json', '--pid', str(os.getppid())]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=CHILD_SECONDS, check=False

@@ -122,6 +122,43 @@ def test_a_mirror_of_collected_pages_equals_the_memory(
     in_child(check)
 
 
+def test_nothing_is_lost_among_discards(flavour: Flavour) -> None:
+    """Writers and a storm of MADV_DONTNEED over the same few pages, where DISCARDS is promised."""
+
+    def check() -> None:
+        sys.setswitchinterval(1e-5)
+        for number in range(20):
+            memory = private(32)
+            with flavour.tracker() as tracker:
+                if not claims(tracker, Guarantee.DISCARDS):
+                    return
+                ram = tracker.track(memory)
+                mirror = Mirror(ram, memory)
+                base = ram.range.start
+                writers, others = Crew(), Crew()
+
+                def fill(base: int = base) -> None:
+                    for round_ in range(1, 60):
+                        for page in range(32):
+                            libc.fill(base + page * PAGE, 64, round_)
+
+                def discard(base: int = base, writers: Crew = writers) -> None:
+                    while writers.working:
+                        for page in range(32):
+                            libc.madvise(base + page * PAGE, PAGE, mmap.MADV_DONTNEED)
+
+                writers.add(fill)
+                writers.add(fill)
+                others.add(discard)
+                while writers.working:
+                    mirror.merge(ram.collect(max_pages=5 if number % 2 else None))
+                writers.join()
+                others.join()
+                mirror.finish()
+
+    in_child(check)
+
+
 @pytest.mark.kernel
 def test_a_store_that_holds_the_gil_does_not_hang(flavour: Flavour) -> None:
     """Also while other threads are in collect, in track and in close of other ranges, and in reset and unprotect."""

@@ -193,10 +193,8 @@ def test_leaves_no_trace() -> None:
     for _ in range(20):
         probe(refresh=True)
     after = state()
-    while len(after[1] - before[1]) > 0:  # a thread that was joined is still there while it ends
-        os.sched_yield()
-        after = state()
     assert after[0] == before[0]
+    assert after[1] <= before[1]  # threads of earlier tests may still be ending
     assert after[2] <= before[2] + 2  # the allocator's own, now and then
 
 

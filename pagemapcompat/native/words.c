@@ -216,22 +216,37 @@ static bool needs_population(const struct pass *pass)
 	return pass->kind == PMC_KIND_ANON && !(pass->tracker->abilities & PMC_CAN_MARK_EMPTY);
 }
 
-// Notes for each page of [from, to), whose words begin at *pos*, whether it could carry a mark.
+// Whether the page at *address* could be read, and so populated, in *vma*, the mapping that was looked up last.
+static bool is_readable(struct pmc_tracker *tracker, uint64_t address, struct vma *vma)
+{
+	if (address < vma->start || address >= vma->end) {
+		if (!vma->end)
+			pmc_vmas_refresh(&tracker->vmas);
+		if (pmc_vmas_at(&tracker->vmas, address, vma) <= 0)
+			return true; // reported once more is better than missed
+	}
+	return address >= vma->start && vma->readable;
+}
+
+// Notes for each page of [from, to), whose words begin at *pos*, whether it could carry a mark. A page that is empty though it was
+// populated is being discarded at this moment, and may be written, read and discarded again before the next call, which would
+// find it as it is now: it is not called quiet, and comes once more.
 static void remember(const struct pass *pass, uint64_t pos, uint64_t from, uint64_t to)
 {
 	struct pmc_range *range = pass->range;
 	const uint64_t *words = pass->tracker->words;
 	uint64_t pages = unit_of(pass) >> pass->tracker->page_shift;
+	struct vma vma = { 0 };
 
 	for (uint64_t i = (from - pos) >> pass->unit_shift; i < (to - pos) >> pass->unit_shift; i++) {
 		uint64_t page = page_index(range, pos) + i * pages;
 		bool quiet = is_unmarkable(pass, words[i]);
 		if (quiet == bit_test(range->quiet, page))
 			continue;
-		if (quiet)
-			bit_set(range->quiet, page);
-		else
+		if (!quiet)
 			bit_clear(range->quiet, page);
+		else if (words[i] & PM_WORD_GUARD || !is_readable(pass->tracker, pos + i * unit_of(pass), &vma))
+			bit_set(range->quiet, page);
 		range->quiet_used |= quiet;
 	}
 }
