@@ -17,7 +17,7 @@ from conftest import PAGE, PRIVATE, Flavour, claims, flavours, libc, pages_of, p
 
 from pagemapcompat import ClosedError, Guarantee, NotTrackedError, TrackedRange, _kernel
 
-PAGES = 384
+PAGES = 256
 ROUNDS = 6
 """How often each page is written. Few, so that a lost write is likely to be its page's last one, and stays visible."""
 
@@ -337,7 +337,7 @@ def test_a_late_answer_opens_no_page(flavour: Flavour) -> None:
         with flavour.tracker() as tracker:
             ram = tracker.track(memory)
             hold_fault_thread_back()
-            for _ in range(150):
+            for _ in range(90):
                 crew = Crew()
                 for _ in range(4):
                     crew.add(libc.fill, ram.range.start + 3 * PAGE)
@@ -359,7 +359,7 @@ def test_unprotect_wakes_nobody_whose_answer_is_on_its_way(flavour: Flavour) -> 
         with flavour.tracker() as tracker:
             ram = tracker.track(memory)
             hold_fault_thread_back()
-            for _ in range(150):
+            for _ in range(90):
                 crews = [Crew(), Crew()]
                 for crew, page in zip(crews, (3, 4), strict=True):
                     crew.add(libc.fill, ram.range.start + page * PAGE)

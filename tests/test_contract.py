@@ -159,12 +159,12 @@ def test_neighbours_are_one_region(tracker: DirtyTracker) -> None:
 
 
 def test_random_rounds_agree_with_a_model(tracker: DirtyTracker) -> None:
-    """A hundred rounds of random writes, each collected exactly."""
+    """Sixty rounds of random writes, each collected exactly."""
     pages, dice = 2_000, random.Random(1)
     memory = private(pages)
     ram = tracker.track(memory)
     pending: set[int] = set()
-    for _ in range(100):
+    for _ in range(60):
         pending |= write(memory, *dice.sample(range(pages), dice.randrange(60)))
         match dice.randrange(4):
             case 0:
