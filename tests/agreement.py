@@ -6,8 +6,10 @@ import contextlib
 import fcntl
 import mmap
 import os
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
+from errno import ENOENT
 
 from conftest import PAGE, PRIVATE, libc
 
@@ -25,6 +27,7 @@ from pagemapcompat import (
     _kernel,
     probe,
 )
+from pagemapcompat.abi import UffdFeature
 
 HUGE = 2 << 20
 MFD_HUGETLB = 4
@@ -174,6 +177,69 @@ OPENINGS = {
 }
 
 
+@contextlib.contextmanager
+def userfaultfd(report: FeatureReport) -> Iterator[int]:
+    """One of our own, by a way that is said to open, before its handshake."""
+    ways = {
+        Feature.UFFD_SYSCALL: _kernel.UFFD_SYSCALL,
+        Feature.UFFD_DEVICE: _kernel.UFFD_DEVICE,
+        Feature.UFFD_USER_MODE_ONLY: _kernel.UFFD_USER_MODE_ONLY,
+    }
+    fd = _kernel.uffd_open(next(number for feature, number in ways.items() if report[feature]))
+    assert fd >= 0, report.as_dict()
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def grants(uffd: int, feature: int) -> bool:
+    """Whether a handshake that asks for a feature succeeds and has it in its answer."""
+    try:
+        answer = fcntl.ioctl(uffd, UFFDIO_API, struct.pack("3Q", 0xAA, feature, 0))
+    except OSError:
+        return False
+    return bool(struct.unpack("3Q", answer)[1] & feature)
+
+
+def protects_two_mappings(uffd: int) -> bool:
+    """Whether one UFFDIO_WRITEPROTECT does."""
+    with mapped(2 * PAGE, PRIVATE) as memory:
+        libc.mprotect(memory.start + PAGE, PAGE, libc.PROT_READ)
+        fcntl.ioctl(uffd, UFFDIO_REGISTER, struct.pack("4Q", memory.start, 2 * PAGE, 2, 0))
+        return raw(lambda: fcntl.ioctl(uffd, UFFDIO_WRITEPROTECT, struct.pack("3Q", memory.start, 2 * PAGE, 1)))
+
+
+def queries_mappings() -> bool:
+    """Whether PROCMAP_QUERY answers, be it that there is no mapping."""
+    with open("/proc/self/maps", "rb") as maps:
+        try:
+            fcntl.ioctl(maps, PROCMAP_QUERY, bytearray(struct.pack("2Q", 104, 0x10).ljust(104, b"\0")))
+        except OSError as error:
+            return error.errno == ENOENT
+    return True
+
+
+def system_calls(report: FeatureReport) -> None:
+    """What is said of calls that the library may do without, against the calls."""
+    if any(report[feature] for feature in OPENINGS):
+        for feature in Feature:
+            name = feature.name.removeprefix("UFFD_")
+            if name in UffdFeature.__members__ and report[feature].state != "disabled":
+                with userfaultfd(report) as uffd:
+                    assert grants(uffd, UffdFeature[name]) == bool(report[feature]), report[feature]
+        if report[Feature.UFFD_WP]:
+            with userfaultfd(report) as uffd:
+                assert grants(uffd, UffdFeature.PAGEFAULT_FLAG_WP)
+                assert protects_two_mappings(uffd) == bool(report[Feature.UFFD_WP_MULTI_VMA])
+    if report[Feature.PROCMAP_QUERY].state != "disabled":
+        assert queries_mappings() == bool(report[Feature.PROCMAP_QUERY])
+
+
+UFFDIO_API, UFFDIO_REGISTER, UFFDIO_WRITEPROTECT = 0xC018AA3F, 0xC020AA00, 0xC018AA06
+PROCMAP_QUERY = 0xC0686611
+
+
 def check() -> dict[str, int]:
     """Compare the answers with what is then really so. Returns how many there were in each state."""
     report = probe(refresh=True)
@@ -212,6 +278,7 @@ def check() -> dict[str, int]:
     memory = mmap.mmap(-1, PAGE, flags=PRIVATE)
     for feature, advice in ((Feature.MADV_POPULATE_READ, 22), (Feature.MADV_GUARD, libc.GUARD_INSTALL)):
         assert bool(report[feature]) == raw(lambda advice=advice: memory.madvise(advice)), report[feature]
+    system_calls(report)
     assert report.limits.page_size == PAGE
     states: dict[str, int] = {}
     for result in report.values():
