@@ -194,6 +194,29 @@ def test_an_archive_is_as_the_kernel_unpacks_it(tmp_path: Path) -> None:
     assert found["one"][0] & 0o40000
 
 
+@pytest.mark.parametrize(
+    ("root", "faults", "status"),
+    [({}, [], 0), ({"status": 1}, [], 1), ({}, ["9.9 could not be run"], 2)],
+    ids=["passed", "failed", "machine"],
+)
+def test_write_is_for_a_whole_run_that_passed(
+    root: dict[str, Any], faults: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """README gets the matrix that was printed; after anything else it stays as it was."""
+    readme = tmp_path / "README.md"
+    readme.write_text(f"one\n{report.BEGIN}\n{report.END}\n")
+    before = readme.read_text()
+    guests = {name: (attrs.evolve(KERNEL, name=name), guest(root=root)) for name in ("7.7", "8.8", "9.9")}
+    outcome = __main__.Outcome(guests=guests, machine=faults)
+    monkeypatch.setattr(__main__, "README", readme)
+    monkeypatch.setattr(machine, "check", lambda: None)
+    monkeypatch.setattr(__main__, "boot_all", lambda *_: outcome)
+    monkeypatch.setattr(sys, "argv", ["vm_matrix", "--write"])
+    assert __main__.main() == status
+    written = report.put_into(before, report.matrix(guests, []))
+    assert readme.read_text() == (written if status == 0 else before)
+
+
 # ---- The command ---------------------------------------------------------------------------------------------
 
 
