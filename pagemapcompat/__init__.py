@@ -16,6 +16,7 @@ from pagemapcompat.abi import Feature as Feature
 from pagemapcompat.abi import Guarantee as Guarantee
 from pagemapcompat.abi import PageCategory as PageCategory
 from pagemapcompat.backends import BackendStatistics as BackendStatistics
+from pagemapcompat.cursors import Cursor as Cursor
 from pagemapcompat.errors import AccessError as AccessError
 from pagemapcompat.errors import AlignmentError as AlignmentError
 from pagemapcompat.errors import AlreadyRegisteredError as AlreadyRegisteredError
@@ -50,6 +51,7 @@ __all__ = [
     "AlreadyRegisteredError",
     "BackendStatistics",
     "ClosedError",
+    "Cursor",
     "DirtyTracker",
     "EntryFlag",
     "FaultThreadError",

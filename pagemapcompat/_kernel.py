@@ -52,6 +52,13 @@ class RangeHandle(_Handle):
     _destroy = staticmethod(lib.pmc_range_destroy)
 
 
+class CursorHandle(_Handle):
+    """Owns a `struct pmc_cursor`."""
+
+    __slots__ = ()
+    _destroy = staticmethod(lib.pmc_cursor_destroy)
+
+
 _NULL: Any = ffi.NULL
 
 
@@ -325,13 +332,26 @@ def range_exact(handle: RangeHandle) -> bool:
     return bool(lib.pmc_range_exact(handle.c))
 
 
-def scan(handle: RangeHandle, start: int, end: int, max_pages: int, flags: int, result: Result) -> int:
+def cursor_create(handle: RangeHandle) -> tuple[int, CursorHandle | None]:
+    """Another reader of a range."""
+    cursor = CursorHandle("struct pmc_cursor **")
+    rc = int(lib.pmc_cursor_create(cursor.out, handle.c))
+    cursor.c = cursor.out[0]
+    return rc, None if rc else cursor
+
+
+def cursor_close(handle: CursorHandle) -> int:
+    """Stop noting pages for it. Idempotent."""
+    return int(lib.pmc_cursor_close(handle.c))
+
+
+def scan(handle: CursorHandle, start: int, end: int, max_pages: int, flags: int, result: Result) -> int:
     """Peek, or with ENGAGE collect, into *result*."""
     rc: int = _pmc_scan(handle.c, start, end, max_pages, flags, result.c)
     return rc
 
 
-def reset(handle: RangeHandle, start: int, end: int, flags: int, result: Result) -> int:
+def reset(handle: CursorHandle, start: int, end: int, flags: int, result: Result) -> int:
     """Protect, whatever was written."""
     return int(lib.pmc_reset(handle.c, start, end, flags, result.c))
 

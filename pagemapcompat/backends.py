@@ -56,14 +56,15 @@ class BackendStatistics:
     faults: int
     """Resolved by the fault thread; 0 where there is none."""
     owed_pages: int
-    """Taken, or declared written, and not yet handed out."""
+    """Taken, or declared written, and not yet handed out: the sum over all cursors."""
 
 
 @attrs.frozen(kw_only=True)
 class Attached:
-    """A range that a backend watches."""
+    """A range that a backend watches, as seen by one of its cursors."""
 
     handle: _kernel.RangeHandle
+    cursor: _kernel.CursorHandle
     range: AddressRange
     """Page aligned."""
     length: int
@@ -202,16 +203,34 @@ class Backend:
             # Only where PAGEMAPCOMPAT_DISABLE says so: a kernel without the feature has refused already.
             _kernel.range_close(handle)
             self._refuse(EINVAL, memory, "UFFDIO_REGISTER")
+        cursor = self._cursor(handle)
         guarantees = self.guarantees
         if kinds & _kernel.KIND_HUGETLB or not _kernel.range_exact(handle):
             guarantees &= ~Guarantee.EXACT
         return Attached(
             handle=handle,
+            cursor=cursor,
             range=memory,
             length=length,
             granularity=_kernel.range_granularity(handle),
             guarantees=guarantees,
         )
+
+    def _cursor(self, handle: _kernel.RangeHandle) -> _kernel.CursorHandle:
+        rc, cursor = _kernel.cursor_create(handle)
+        if cursor is None:
+            self._fail(-rc, "mmap", AddressRange(0, 0))
+        return cursor
+
+    def attach_cursor(self, attached: Attached, *, rearm: bool) -> Attached:
+        """Another reader of the same range, to whom nothing is written yet."""
+        other = attrs.evolve(attached, cursor=self._cursor(attached.handle))
+        self.engage_wp(other, attached.range, rearm=rearm)
+        return other
+
+    def detach_cursor(self, attached: Attached) -> None:
+        """Note pages for this reader no longer. Idempotent; waits for running calls."""
+        _kernel.cursor_close(attached.cursor)
 
     def _refuse(self, number: int, memory: AddressRange, operation: str) -> NoReturn:
         if number == _kernel.EOWNMEMORY or number in _OWN_ERRORS or operation != "UFFDIO_REGISTER":
@@ -248,7 +267,7 @@ class Backend:
     def get(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
         """GET: what was written. Changes nothing."""
         result = _kernel.Result()
-        rc = _kernel.scan(on.handle, asked.start, asked.end, max_pages, 0, result)
+        rc = _kernel.scan(on.cursor, asked.start, asked.end, max_pages, 0, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked)
         return ScanResult(result, asked, on.range.start, on.length)
@@ -262,7 +281,7 @@ class Backend:
         result = _kernel.Result()
         try:
             flags = _kernel.ENGAGE | (_kernel.REARM if rearm else 0)
-            rc = _kernel.scan(on.handle, asked.start, asked.end, max_pages, flags, result)
+            rc = _kernel.scan(on.cursor, asked.start, asked.end, max_pages, flags, result)
             answer = ScanResult(result, asked, on.range.start, on.length)
             if rc:
                 self._fail(-rc, _kernel.operation(result), asked, result)
@@ -281,7 +300,7 @@ class Backend:
     def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""
         result = _kernel.Result()
-        rc = _kernel.reset(on.handle, asked.start, asked.end, _kernel.REARM if rearm else 0, result)
+        rc = _kernel.reset(on.cursor, asked.start, asked.end, _kernel.REARM if rearm else 0, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
 
 from pagemapcompat.abi import Guarantee
-from pagemapcompat.errors import AlignmentError, ClosedError, InvalidArgumentError
+from pagemapcompat.cursors import Cursor
+from pagemapcompat.errors import ClosedError, InvalidArgumentError
 from pagemapcompat.memory import AddressRange, Memory, PinnedMemory, pin
-from pagemapcompat.pagemap import ScanResult, check_max_pages
 from pagemapcompat.probe import probe
 from pagemapcompat.registrations import Claim, claim, release
 from pagemapcompat.selection import Selection, open_backend
@@ -18,117 +17,41 @@ from pagemapcompat.selection import Selection, open_backend
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from pagemapcompat.backends import Attached, Backend, BackendStatistics
+    from pagemapcompat.backends import Attached, BackendStatistics
 
 OnUntracked = Literal["raise", "rearm"]
 
 
-class TrackedRange:
-    """Memory that is being watched. Made by `DirtyTracker.track`; closes itself with its tracker.
+class TrackedRange(Cursor):
+    """Memory that is being watched, and its first reader. Made by `DirtyTracker.track`; closes itself with its tracker.
 
-    Offsets are in bytes from the start of the memory, page aligned; *stop* is exclusive, and None is the end. Every
-    method may be called from any thread; calls on one tracker run one after the other.
-
-    Attributes:
-        range: Where it lies.
-
-        guarantees: What the backend promises for this mapping.
-
-        granularity: What offsets are multiples of, in bytes: the page size, or in hugetlb memory that of its huge
-            pages.
+    `peek`, `collect` and `reset` are those of `Cursor`, and so are the attributes.
     """
 
     def __init__(
         self, tracker: DirtyTracker, pinned: PinnedMemory, attached: Attached, claimed: Claim, *, rearm: bool
     ) -> None:
-        self._tracker = tracker  # lives as long as there is something to track
-        self._backend: Backend = tracker._backend  # noqa: SLF001 - its friend
         self._pinned = pinned
-        self._attached = attached
         self._claim = claimed
-        self._rearm = rearm
-        self._closed = False
-        self.range: AddressRange = attached.range
-        self.guarantees: Guarantee = attached.guarantees
-        self.granularity: int = attached.granularity
+        super().__init__(tracker._backend, attached, rearm=rearm, keep=tracker)  # noqa: SLF001 - its friend
 
-    def __repr__(self) -> str:
-        """For people."""
-        return f"<TrackedRange {self.range}, {self._backend.name}{', closed' if self._closed else ''}>"
+    # -- What concerns every reader ---------------------------------------------------------------------------
 
-    def __len__(self) -> int:
-        """In bytes, as the owner of the memory sees it."""
-        return self._attached.length
-
-    # -- The three operations and their relatives -----------------------------------------------------------
-
-    def peek(
-        self, start: SupportsIndex = 0, stop: SupportsIndex | None = None, *, max_pages: int | None = None
-    ) -> ScanResult:
-        """Return the pages written since they were last collected or reset. Changes nothing.
-
-        Memory that is not, or no longer, registered is reported as written; unmapped memory is skipped.
-
-        Args:
-            start: Where to begin.
-
-            stop: Where to end.
-
-            max_pages: Stop after this many pages; the result's `resume_at` says where to go on.
+    def cursor(self) -> Cursor:
+        """Another, independent reader, to whom nothing is written yet.
 
         Raises:
-            AlignmentError: An offset is not on a page boundary.
+            NotTrackedError: Part of the memory has lost its registration (ENOENT), unless the tracker rearms.
 
-            ClosedError: The range or its tracker is closed, or belongs to the parent process.
+            ClosedError, FaultThreadError: As for `peek`.
 
-            FaultThreadError: The fault thread of `uffd-wp` has ended.
-
-        Cost: on `pagemap-scan` 0.3 us and 0.7 to 3 ns a page, on `uffd-wp` 7 to 15 ns a page.
+        Cost: that of a collect, and one bit a page.
         """
-        return self._backend.get(self._attached, self._asked(start, stop), check_max_pages(max_pages))
-
-    def collect(
-        self, start: SupportsIndex = 0, stop: SupportsIndex | None = None, *, max_pages: int | None = None
-    ) -> ScanResult:
-        """Return the pages written since they were last collected or reset, and watch them anew in the same step.
-
-        Each write is reported by the collect during or after which it happened; a concurrent one perhaps twice, none
-        never. The pages of an error or an interrupt stay owed to the next peek or collect. Regions carry WRITTEN alone.
-
-        Args:
-            start: Where to begin.
-
-            stop: Where to end.
-
-            max_pages: Stop after this many pages. Those that were not returned stay written.
-
-        Raises:
-            NotTrackedError: Part of it has lost its registration (ENOENT), unless the tracker rearms. `range` is the
-                first such stretch, `collected` what was taken before it; nothing behind it was touched.
-
-            AlignmentError, ClosedError, FaultThreadError: As for `peek`.
-
-        Cost: on `pagemap-scan` 0.3 us and 0.7 to 10 ns a page, on `uffd-wp` 7 to 15 ns a page and 1 us a run.
-
-        Source: fs/proc/task_mmu.c, do_pagemap_scan; mm/userfaultfd.c, mwriteprotect_range.
-        """
-        asked = self._asked(start, stop)
-        limit = check_max_pages(max_pages)
-        return self._backend.get_and_engage_wp(self._attached, asked, limit, rearm=self._rearm)
-
-    def reset(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
-        """Start watching anew, whatever was written until now. What is owed is forgotten too.
-
-        Raises:
-            NotTrackedError: Part of it has lost its registration (ENOENT), unless the tracker rearms; everything before
-                `range` was reset.
-
-            AlignmentError, ClosedError, FaultThreadError: As for `peek`.
-        """
-        self._backend.engage_wp(self._attached, self._asked(start, stop), rearm=self._rearm)
+        attached = self._backend.attach_cursor(self._attached, rearm=self._rearm)
+        return Cursor(self._backend, attached, rearm=self._rearm, keep=self)
 
     def unprotect(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
-        """Let writers at these pages without a fault. All of them count as written until the next reset or collect.
+        """Let writers at these pages without a fault. Every reader finds them written once more.
 
         Raises:
             NotTrackedError: Part of it is not registered (ENOENT), whatever *on_untracked* says.
@@ -147,31 +70,6 @@ class TrackedRange:
         """
         self._backend.rearm(self._attached, self._asked(start, stop))
 
-    def _asked(self, start: SupportsIndex, stop: SupportsIndex | None) -> AddressRange:
-        whole = self.range
-        if stop is None and type(start) is int and start == 0:
-            return whole
-        length = self._attached.length
-        first = operator.index(start)
-        last = length if stop is None else operator.index(stop)
-        for name, value in (("start", first), ("stop", last)):
-            if not 0 <= value <= length and value != whole.length:
-                raise InvalidArgumentError(f"{name}={value} lies outside of the {length} tracked bytes").with_hint(
-                    "offsets count from the start of the tracked memory; negative ones have no meaning"
-                )
-            if (whole.start + value) % self.granularity and value not in (0, length):
-                error = AlignmentError(f"{name}={value} is not a multiple of {self.granularity} bytes")
-                error.address, error.length = whole.start + value, last - first
-                down = value - (whole.start + value) % self.granularity
-                raise error.with_hint(f"use {down} or {down + self.granularity}")
-        if last < first:
-            raise InvalidArgumentError(f"stop={last} lies before start={first}").with_hint(
-                "stop is exclusive, not a length"
-            )
-        # Where the memory ends inside its last page, so does the last offset.
-        first, last = (whole.length if value == length else value for value in (first, last))
-        return AddressRange(whole.start + first, whole.start + last)
-
     # -- Life -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -187,16 +85,6 @@ class TrackedRange:
         release(self._claim)
         self._pinned.release()
         self._closed = True
-
-    def __enter__(self) -> Self:
-        """Return the object itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
 
     def __del__(self) -> None:
         """Close what was forgotten, and say so."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from conftest import CHILD_SECONDS, PAGE, PRIVATE, need_shared
 
-from pagemapcompat import ScanResult, TrackedRange
+from pagemapcompat import Cursor, ScanResult
 
 plain = ctypes.PyDLL(None, use_errno=True)
 """The C library, called with the GIL held: what forks through it has a GIL that works, and ran no hook of Python's."""
@@ -92,7 +92,7 @@ def memory_of(kind: str, pages: int) -> mmap.mmap:
 class Mirror:
     """A copy of tracked memory, brought up to date only by pages that were collected. Any thread may merge into it."""
 
-    def __init__(self, ram: TrackedRange, memory: mmap.mmap) -> None:
+    def __init__(self, ram: Cursor, memory: mmap.mmap) -> None:
         self.ram = ram
         self.memory = memory
         self.copy = bytearray(memory[:])

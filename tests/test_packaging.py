@@ -46,7 +46,7 @@ LAYERS = (
     {"pagemap"},
     {"refusals"},
     {"backends"},
-    {"selection"},
+    {"cursors", "selection"},
     {"tracker"},
     {"__init__"},
     {"cli_formats", "cli_streams"},
@@ -61,6 +61,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 PUBLIC = (
     "DirtyTracker",
     "TrackedRange",
+    "Cursor",
     "ScanResult",
     "PageRegion",
     "AddressRange",

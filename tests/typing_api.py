@@ -14,6 +14,7 @@ from pagemapcompat import (
     AlreadyRegisteredError,
     BackendStatistics,
     ClosedError,
+    Cursor,
     DirtyTracker,
     EntryFlag,
     FaultThreadError,
@@ -68,6 +69,9 @@ def track(ram: TrackedRange) -> ScanResult:
     ram.reset(0, None)
     ram.unprotect(start=0, stop=page_size())
     ram.rearm()
+    with ram.cursor() as cursor:
+        assert_type(cursor, Cursor)
+        assert_type(cursor.collect(), ScanResult)
     assert_type(ram.range, AddressRange)
     assert_type(ram.guarantees, Guarantee)
     assert_type(ram.granularity, int)

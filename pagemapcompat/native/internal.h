@@ -1,5 +1,5 @@
 // What the C files share. Layers, each using only those before it:
-// output, vmas, uffd, fault, then the engines (words, scan), then tracker, range and operations.
+// output, vmas, uffd, fault, then the engines (words, scan), then tracker, range, cursor and operations.
 #ifndef PMC_INTERNAL_H
 #define PMC_INTERNAL_H
 
@@ -134,8 +134,9 @@ struct piece {
 
 struct pmc_range {
 	struct pmc_tracker *tracker;
-	atomic_int references; // its owner's, and one for each result that took pages from it
+	atomic_int references; // its owner's, and one for each cursor
 	struct pmc_range *next; // in tracker->ranges; under fault_lock
+	struct pmc_cursor *cursors; // under the tracker's mutex
 	uint64_t start;
 	uint64_t end;
 	bool open;
@@ -143,12 +144,19 @@ struct pmc_range {
 	uint32_t piece_count;
 	uint32_t piece_capacity;
 	struct piece *pieces;
-	size_t bits_size; // of each array below; one mapping holds them all
-	uint64_t *owed; // taken and protected, not yet delivered
-	uint64_t owed_count;
+	size_t bits_size; // of each array below, which one mapping holds, and of a cursor's
 	uint64_t *quiet; // could carry no mark when last protected (empty, or a guard page), and was reported as such
 	bool quiet_used;
 	uint64_t *log; // written, by the fault thread; under fault_lock; NULL where pagemap shows marks
+};
+
+// A reader of a range. Whoever takes pages from the engine owes them to all other cursors, so that each sees every write.
+struct pmc_cursor {
+	atomic_int references; // its owner's, and one for each result that took pages for it
+	struct pmc_range *range;
+	struct pmc_cursor *next; // in range->cursors
+	uint64_t *owed; // taken and protected, not yet delivered to this one; NULL once closed
+	uint64_t owed_count;
 };
 
 struct pmc_tracker {
@@ -256,14 +264,22 @@ void pmc_tracker_put(struct pmc_tracker *tracker);
 int pmc_engine_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
 // Protects [start, end), whatever its pieces. *walk_end: done up to there.
 int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end);
-// Owes every mapped page of [start, end).
-int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end);
-// Registers the first untracked stretch of [start, end), protects it and, with *owe*, counts it as written. 1: there was one, and
-// *stop* is its end.
-int pmc_rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, bool owe, uint64_t *stop,
-		   struct pmc_result *result);
+// Registers and protects [start, end), which is not registered.
+int pmc_rearm_stretch(struct pmc_range *range, uint64_t start, uint64_t end);
 int pmc_range_close_locked(struct pmc_range *range);
 // Drops a reference; the last one frees.
 void pmc_range_put(struct pmc_range *range);
+
+// -- cursor.c; all under the tracker's mutex --------------------------------------------------------------------
+
+// Owes the pages [start, end) to one cursor, or settles the debt.
+void pmc_cursor_owe(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
+void pmc_cursor_settle(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
+// Owes [start, end) to every cursor of the range but *except*.
+void pmc_owe_others(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
+// Likewise what of it is mapped. 0 or -errno.
+int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
+// Drops a reference; the last one frees. Takes no lock.
+void pmc_cursor_put(struct pmc_cursor *cursor);
 
 #endif

@@ -1,7 +1,7 @@
 // The operations: peek, collect, reset, unprotect, rearm; the same for both engines.
 //
-// A scan alternates between two sources: pages that are owed, because an earlier scan took them and could not hand them
-// over, and pages that the engine finds. Room for an answer is made before the engine is called, so nothing that was
+// A scan alternates between two sources: pages that are owed to its cursor, because an earlier scan took them for another one or
+// could not hand them over, and pages that the engine finds. Room for an answer is made before the engine is called, so nothing that was
 // taken is ever without a place.
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,13 +21,40 @@ static int enter_range(struct pmc_range *range)
 	return -PMC_ECLOSED;
 }
 
-// The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
-static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags, bool owe,
-			struct pmc_result *result)
+static int enter_cursor(struct pmc_cursor *cursor)
 {
-	uint64_t stop;
+	if (!cursor)
+		return -PMC_ECLOSED;
+	int rc = enter_range(cursor->range);
+	if (rc || cursor->owed)
+		return rc;
+	pthread_mutex_unlock(&cursor->range->tracker->mutex);
+	return -PMC_ECLOSED;
+}
+
+// Registers and protects the first untracked stretch of [start, end), which is in *result* then, and counts it as written for all
+// cursors but *except*. 1: there was one, 0: there was none, or -errno.
+static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except,
+		      struct pmc_result *result)
+{
+	uint64_t from, to;
+	int rc = pmc_next_untracked(range, start, end, &from, &to);
+	if (rc <= 0)
+		return rc;
+	result->untracked_start = from;
+	result->untracked_end = to;
+	rc = pmc_owe_mapped(range, from, to, except);
+	if (!rc)
+		rc = pmc_rearm_stretch(range, from, to);
+	return rc ? rc : 1;
+}
+
+// The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
+static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags,
+			const struct pmc_cursor *except, struct pmc_result *result)
+{
 	struct vma vma;
-	int rc = flags & PMC_REARM ? pmc_rearm_next(range, pos, end, owe, &stop, result) :
+	int rc = flags & PMC_REARM ? rearm_next(range, pos, end, except, result) :
 				     pmc_next_untracked(range, pos, end, &result->untracked_start, &result->untracked_end);
 	if (rc < 0)
 		return rc;
@@ -69,29 +96,43 @@ static uint64_t stored(const struct pmc_tracker *tracker, int rc)
 	return count;
 }
 
-static void drain(struct pmc_tracker *tracker, int rc, struct pmc_result *result)
+// Empties the vector of the last run into *result*, if there is one. With *engaged* the pages were taken, for *cursor*.
+static void drain(struct pmc_cursor *cursor, int rc, bool engaged, struct pmc_result *result)
 {
+	struct pmc_tracker *tracker = cursor->range->tracker;
 	uint64_t count = stored(tracker, rc);
-	for (uint64_t i = 0; result && i < count; i++)
-		pmc_result_append(result, tracker->regions[i].start, tracker->regions[i].end, PAGE_IS_WRITTEN,
-				  tracker->page_shift);
+	for (uint64_t i = 0; i < count; i++) {
+		const struct page_region *region = &tracker->regions[i];
+		if (engaged)
+			pmc_owe_others(cursor->range, region->start, region->end, cursor);
+		if (result)
+			pmc_result_append(result, region->start, region->end, PAGE_IS_WRITTEN, tracker->page_shift);
+	}
 	memset(tracker->regions, 0, count * sizeof(*tracker->regions));
 }
 
+// Takes what was written of [start, end), which lies in one piece, for the other cursors alone. *walk_end: done up to there.
+static int take_for_others(struct pmc_cursor *cursor, const struct piece *piece, uint64_t start, uint64_t end,
+			   uint64_t *walk_end)
+{
+	int rc = 0;
+	for (*walk_end = start; *walk_end < end && rc >= 0;) {
+		rc = run_engine(cursor->range, piece, *walk_end, end, 0, PMC_REGIONS, true, walk_end);
+		drain(cursor, rc, true, NULL);
+	}
+	return rc < 0 ? rc : 0;
+}
+
 // Hands out the owed pages [start, end), which lie in one piece, and protects them again. *walk_end: done up to there.
-static int take_owed(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end, bool engage,
+static int take_owed(struct pmc_cursor *cursor, const struct piece *piece, uint64_t start, uint64_t end, bool engage,
 		     struct pmc_result *result, uint64_t *walk_end)
 {
-	struct pmc_tracker *tracker = range->tracker;
-	uint64_t done = engage ? start : end;
+	struct pmc_tracker *tracker = cursor->range->tracker;
+	uint64_t done = end;
 	struct vma vma;
-	int rc = 0;
+	// All of it is owed to this cursor already.
+	int rc, failed = engage ? take_for_others(cursor, piece, start, end, &done) : 0;
 
-	while (done < end && rc >= 0) {
-		rc = run_engine(range, piece, done, end, 0, PMC_REGIONS, true, &done);
-		drain(tracker, rc, NULL); // all of it is owed already
-	}
-	int failed = rc < 0 ? rc : 0;
 	*walk_end = start;
 	pmc_vmas_refresh(&tracker->vmas);
 	while (*walk_end < done) {
@@ -111,24 +152,24 @@ static int take_owed(struct pmc_range *range, const struct piece *piece, uint64_
 					  tracker->page_shift);
 		}
 		if (engage)
-			range->owed_count -= pmc_bits_fill(range->owed, page_index(range, from),
-							   page_index(range, *walk_end), false);
+			pmc_cursor_settle(cursor, from, *walk_end);
 	}
 	return failed;
 }
 
 // Where the first written or owed page of [start, end) is, or end.
-static int next_written(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *ret)
+static int next_written(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t *ret)
 {
+	struct pmc_range *range = cursor->range;
 	uint32_t shift = range->tracker->page_shift;
-	if (range->owed_count)
-		end = range->start + (pmc_bits_find(range->owed, page_index(range, start), page_index(range, end), true)
+	if (cursor->owed_count)
+		end = range->start + (pmc_bits_find(cursor->owed, page_index(range, start), page_index(range, end), true)
 				      << shift);
 	for (uint64_t pos = start; pos < end;) {
 		const struct piece *piece = pmc_piece_at(range, pos);
 		int rc = run_engine(range, piece, pos, min_u64(end, piece->end), 0, 1, false, &pos);
 		*ret = range->tracker->regions[0].start;
-		drain(range->tracker, rc, NULL);
+		drain(cursor, rc, false, NULL);
 		if (rc)
 			return rc < 0 ? rc : 0;
 	}
@@ -136,9 +177,10 @@ static int next_written(struct pmc_range *range, uint64_t start, uint64_t end, u
 	return 0;
 }
 
-static int scan_locked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
+static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 		       struct pmc_result *result)
 {
+	struct pmc_range *range = cursor->range;
 	struct pmc_tracker *tracker = range->tracker;
 	bool engage = flags & PMC_ENGAGE;
 	uint32_t shift = tracker->page_shift;
@@ -151,22 +193,22 @@ static int scan_locked(struct pmc_range *range, uint64_t start, uint64_t end, ui
 		if (max_pages) {
 			left = max_pages > result->pages ? max_pages - result->pages : 0;
 			if (result->pages && left < 1ull << (piece->page_shift - shift)) {
-				rc = next_written(range, pos, end, &pos);
+				rc = next_written(cursor, pos, end, &pos);
 				break;
 			}
 		}
 		if (pmc_result_reserve(result, PMC_REGIONS))
 			break;
-		if (range->owed_count) {
+		if (cursor->owed_count) {
 			uint64_t first = page_index(range, pos), last = page_index(range, limit);
-			uint64_t owed = pmc_bits_find(range->owed, first, last, true);
+			uint64_t owed = pmc_bits_find(cursor->owed, first, last, true);
 			if (owed == first) {
-				limit = range->start + (pmc_bits_find(range->owed, first, last, false) << shift);
+				limit = range->start + (pmc_bits_find(cursor->owed, first, last, false) << shift);
 				limit = align_up(limit, 1ull << piece->page_shift);
 				if (max_pages)
 					limit = min_u64(limit, pos + max_u64(align_down(left << shift, 1ull << piece->page_shift),
 									     1ull << piece->page_shift));
-				rc = take_owed(range, piece, pos, limit, engage, result, &walk_end);
+				rc = take_owed(cursor, piece, pos, limit, engage, result, &walk_end);
 				if (walk_end == pos && !rc)
 					break;
 				pos = walk_end;
@@ -175,11 +217,11 @@ static int scan_locked(struct pmc_range *range, uint64_t start, uint64_t end, ui
 			limit = range->start + (owed << shift);
 		}
 		rc = run_engine(range, piece, pos, limit, left, PMC_REGIONS, engage, &walk_end);
-		drain(tracker, rc, result);
+		drain(cursor, rc, engage, result);
 		pos = walk_end;
 check:
 		if (rc == -ENOENT && engage)
-			rc = untracked_at(range, pos, end, flags, true, result);
+			rc = untracked_at(range, pos, end, flags, NULL, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -188,20 +230,20 @@ check:
 	return rc;
 }
 
-int pmc_scan(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
+int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result)
 {
 	result->walk_end = start;
-	int rc = enter_range(range);
+	int rc = enter_cursor(cursor);
 	if (rc)
 		return rc;
-	struct pmc_tracker *tracker = range->tracker;
+	struct pmc_tracker *tracker = cursor->range->tracker;
 	max_pages = min_u64(max_pages, (end - start) >> tracker->page_shift);
-	if (flags & PMC_ENGAGE && !result->range) {
-		atomic_fetch_add(&range->references, 1);
-		result->range = range;
+	if (flags & PMC_ENGAGE && !result->cursor) {
+		atomic_fetch_add(&cursor->references, 1);
+		result->cursor = cursor;
 	}
-	rc = scan_locked(range, start, end, max_pages, flags, result);
+	rc = scan_locked(cursor, start, end, max_pages, flags, result);
 	// A fault thread that died meanwhile has let writes through that this scan could not see.
 	if (!rc && atomic_load(&tracker->fault_errno))
 		rc = -PMC_EFAULTTHREAD;
@@ -211,26 +253,39 @@ int pmc_scan(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t max
 	return pmc_leave(tracker, rc, result);
 }
 
-int pmc_reset(struct pmc_range *range, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result)
+// Takes nothing from the other cursors: where there are any, pages are protected as a collect does, and owed to them.
+static int reset_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t *walk_end)
 {
-	int rc = enter_range(range);
+	struct pmc_range *range = cursor->range;
+	int rc = 0;
+	if (range->cursors == cursor && !cursor->next)
+		return pmc_reset_stretch(range, start, end, walk_end);
+	for (*walk_end = start; *walk_end < end && !rc;) {
+		const struct piece *piece = pmc_piece_at(range, *walk_end);
+		rc = take_for_others(cursor, piece, *walk_end, min_u64(end, piece->end), walk_end);
+	}
+	return rc;
+}
+
+int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result)
+{
+	int rc = enter_cursor(cursor);
 	if (rc)
 		return rc;
 	uint64_t pos = start;
 	while (pos < end) {
-		rc = pmc_reset_stretch(range, pos, end, &pos);
+		rc = reset_locked(cursor, pos, end, &pos);
 		if (rc != -ENOENT)
 			break;
-		rc = untracked_at(range, pos, end, flags, false, result);
+		rc = untracked_at(cursor->range, pos, end, flags, cursor, result);
 		if (rc < 0)
 			break;
 		rc = 0;
 	}
-	if (range->owed_count)
-		range->owed_count -= pmc_bits_fill(range->owed, page_index(range, start), page_index(range, pos), false);
+	pmc_cursor_settle(cursor, start, pos);
 	result->walk_end = pos;
-	range->tracker->resets++;
-	return pmc_leave(range->tracker, rc, result);
+	cursor->range->tracker->resets++;
+	return pmc_leave(cursor->range->tracker, rc, result);
 }
 
 int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result)
@@ -246,12 +301,12 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		uint64_t to = min_u64(end, piece->end);
 		pmc_vmas_refresh(&tracker->vmas);
 		rc = pmc_protect(tracker, pos, to, piece->page_shift, 0, &untracked);
-		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to);
+		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to, NULL);
 		pos = rc == -ENOENT ? untracked : to;
 		rc = rc ? rc : owed;
 	}
 	if (rc == -ENOENT) {
-		rc = untracked_at(range, pos, end, 0, false, result);
+		rc = untracked_at(range, pos, end, 0, NULL, result);
 		tracker->operation = "UFFDIO_WRITEPROTECT";
 	}
 	result->walk_end = pos;
@@ -263,33 +318,33 @@ int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_
 	int rc = enter_range(range);
 	if (rc)
 		return rc;
-	do
-		rc = pmc_rearm_next(range, start, end, true, &start, result);
-	while (rc > 0 && start < end);
+	while (start < end) {
+		rc = rearm_next(range, start, end, NULL, result);
+		start = rc > 0 ? result->untracked_end : end;
+	}
 	result->walk_end = start;
 	return pmc_leave(range->tracker, rc < 0 ? rc : 0, result);
 }
 
 int pmc_owe(struct pmc_result *result)
 {
-	struct pmc_range *range = result->range;
-	if (!range || result->delivered)
+	struct pmc_cursor *cursor = result->cursor;
+	if (!cursor || result->delivered)
 		return 0;
-	int rc = enter_range(range);
+	int rc = enter_cursor(cursor);
 	result->delivered = 1;
 	if (rc)
 		return rc;
 	for (uint64_t i = 0; i < result->count; i++)
-		range->owed_count += pmc_bits_fill(range->owed, page_index(range, result->regions[i].start),
-						   page_index(range, result->regions[i].end), true);
-	return pmc_leave(range->tracker, 0, NULL);
+		pmc_cursor_owe(cursor, result->regions[i].start, result->regions[i].end);
+	return pmc_leave(cursor->range->tracker, 0, NULL);
 }
 
 void pmc_result_release(struct pmc_result *result)
 {
 	(void)pmc_owe(result); // closed, or forked: nobody will ask for them
-	if (result->range)
-		pmc_range_put(result->range);
+	if (result->cursor)
+		pmc_cursor_put(result->cursor);
 	free(result->regions);
 	*result = (struct pmc_result){ 0 };
 }

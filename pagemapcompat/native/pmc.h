@@ -52,6 +52,7 @@
 
 struct pmc_tracker;
 struct pmc_range;
+struct pmc_cursor;
 
 struct pmc_config {
 	int32_t uffd; // after its handshake; owned by the tracker from then on
@@ -69,7 +70,7 @@ struct pmc_result {
 	uint64_t untracked_start; // with -ENOENT: the first stretch that is not registered
 	uint64_t untracked_end;
 	const char *operation; // with -errno: the call that failed; static
-	struct pmc_range *range; // whom the pages were taken from; held until release
+	struct pmc_cursor *cursor; // for whom the pages were taken; held until release
 	uint64_t delivered; // set it when somebody has the regions; else release gives the pages back
 };
 
@@ -80,7 +81,7 @@ struct pmc_statistics {
 	uint64_t pages; // handed out by collect
 	uint64_t ranges;
 	uint64_t tracked_bytes;
-	uint64_t owed_pages;
+	uint64_t owed_pages; // to all cursors together
 };
 
 // -- Single calls. No state; any process and thread. ------------------------------------------------------
@@ -142,16 +143,23 @@ uint64_t pmc_range_granularity(struct pmc_range *range);
 // 1 if every page could carry a mark when it was last armed, so that reads are never taken for writes.
 int pmc_range_exact(struct pmc_range *range);
 
+// A reader of the range, which sees what is written from now on, and what was not collected or reset yet. Any number; one page of
+// memory and one bit a page each. An operation of one cursor never takes a page from another.
+int pmc_cursor_create(struct pmc_cursor **ret, struct pmc_range *range);
+// Idempotent; later calls get -PMC_ECLOSED.
+int pmc_cursor_close(struct pmc_cursor *cursor);
+void pmc_cursor_destroy(struct pmc_cursor *cursor);
+
 // Appends the written pages of [start, end) to *result*, at most max_pages (0: all), and with PMC_ENGAGE protects exactly
 // those. 0, also when memory for the result ran out (then walk_end < end). On an error what was taken is in *result*,
 // and walk_end says up to where.
-int pmc_scan(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
+int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result);
-// Protects [start, end) whatever it held; takes PMC_REARM.
-int pmc_reset(struct pmc_range *range, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result);
-// Un-protects; every mapped page counts as written once.
+// Protects [start, end) whatever it held for this cursor; takes PMC_REARM.
+int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result);
+// Un-protects; every mapped page counts as written once, for every cursor.
 int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
-// Registers and protects what has lost its registration; its pages count as written once.
+// Registers and protects what has lost its registration; its pages count as written once, for every cursor.
 int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
 // Gives the pages that *result* took and that reached nobody back: the next scan returns them again. Once; then it is delivered.
 int pmc_owe(struct pmc_result *result);

@@ -21,10 +21,15 @@ static bool is_own_memory(const struct pmc_tracker *tracker, uint64_t start, uin
 	    overlaps(start, end, tracker->alive, page_size_of(tracker)) ||
 	    overlaps(start, end, (const void *)tracker->bell, tracker->bell ? page_size_of(tracker) : 0))
 		return true;
-	for (const struct pmc_range *range = tracker->ranges; range; range = range->next)
+	for (const struct pmc_range *range = tracker->ranges; range; range = range->next) {
 		if (overlaps(start, end, range, sizeof(*range)) ||
-		    overlaps(start, end, range->owed, 3 * range->bits_size))
+		    overlaps(start, end, range->quiet, 2 * range->bits_size))
 			return true;
+		for (const struct pmc_cursor *cursor = range->cursors; cursor; cursor = cursor->next)
+			if (overlaps(start, end, cursor, sizeof(*cursor)) ||
+			    overlaps(start, end, cursor->owed, range->bits_size))
+				return true;
+	}
 	return false;
 }
 
@@ -183,44 +188,11 @@ int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uin
 	return rc;
 }
 
-// Owes every mapped page of [start, end).
-int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end)
+int pmc_rearm_stretch(struct pmc_range *range, uint64_t start, uint64_t end)
 {
-	struct pmc_tracker *tracker = range->tracker;
-	struct vma vma;
-	int rc = 0;
-
-	pmc_vmas_refresh(&tracker->vmas);
-	for (uint64_t pos = start; pos < end; pos = vma.end) {
-		rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
-		if (rc <= 0 || vma.start >= end)
-			break;
-		range->owed_count += pmc_bits_fill(range->owed, page_index(range, max_u64(vma.start, pos)),
-						   page_index(range, min_u64(vma.end, end)), true);
-	}
-	if (rc < 0)
-		tracker->operation = "/proc/self/maps";
-	return rc < 0 ? rc : 0;
-}
-
-// Registers the first untracked stretch of [start, end), protects it and, with *owe*, counts it as written. 1: there was one.
-int pmc_rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, bool owe, uint64_t *stop,
-		      struct pmc_result *result)
-{
-	uint64_t from, to, walk_end;
-	*stop = end;
-	int rc = pmc_next_untracked(range, start, end, &from, &to);
-	if (rc <= 0)
-		return rc;
-	result->untracked_start = from;
-	result->untracked_end = to;
-	*stop = to;
-	rc = owe ? pmc_owe_mapped(range, from, to) : 0;
-	if (!rc)
-		rc = register_stretch(range, from, to);
-	if (!rc)
-		rc = pmc_reset_stretch(range, from, to, &walk_end);
-	return rc ? rc : 1;
+	uint64_t walk_end;
+	int rc = register_stretch(range, start, end);
+	return rc ? rc : pmc_reset_stretch(range, start, end, &walk_end);
 }
 
 // ---- Life of a range ----------------------------------------------------------------------------------------
@@ -248,7 +220,7 @@ int pmc_range_close_locked(struct pmc_range *range)
 
 static void range_free(struct pmc_range *range)
 {
-	pmc_pages_free(range->owed, 3 * range->bits_size);
+	pmc_pages_free(range->quiet, 2 * range->bits_size);
 	pmc_pages_free(range->pieces, range->piece_capacity * sizeof(*range->pieces));
 	pmc_pages_free(range, sizeof(*range));
 }
@@ -259,10 +231,9 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	uint64_t words = align_up(((range->end - range->start) >> tracker->page_shift), 64) / 64, walk_end;
 
 	range->bits_size = words * sizeof(uint64_t);
-	range->owed = pmc_pages_alloc(3 * range->bits_size);
-	if (!range->owed)
+	range->quiet = pmc_pages_alloc(2 * range->bits_size);
+	if (!range->quiet)
 		return -ENOMEM;
-	range->quiet = range->owed + words;
 	if (!(tracker->abilities & PMC_CAN_SEE_MARKS)) {
 		range->log = range->quiet + words;
 		// Touched now, so that the fault thread never has to wait for memory.
@@ -270,7 +241,7 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	}
 	if (is_own_memory(tracker, range->start, range->end) ||
 	    overlaps(range->start, range->end, range, sizeof(*range)) ||
-	    overlaps(range->start, range->end, range->owed, 3 * range->bits_size) ||
+	    overlaps(range->start, range->end, range->quiet, 2 * range->bits_size) ||
 	    overlaps(range->start, range->end, (char *)__builtin_frame_address(0) - STACK_REACH, STACK_REACH))
 		return -PMC_EOWNMEMORY;
 

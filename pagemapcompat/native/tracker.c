@@ -174,7 +174,8 @@ int pmc_tracker_statistics(struct pmc_tracker *tracker, struct pmc_statistics *r
 	for (struct pmc_range *range = tracker->ranges; range; range = range->next) {
 		ret->ranges++;
 		ret->tracked_bytes += range->end - range->start;
-		ret->owed_pages += range->owed_count;
+		for (struct pmc_cursor *cursor = range->cursors; cursor; cursor = cursor->next)
+			ret->owed_pages += cursor->owed_count;
 	}
 	return pmc_leave(tracker, 0, NULL);
 }

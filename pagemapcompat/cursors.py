@@ -1,0 +1,158 @@
+"""Cursor: a reader of tracked memory. Several can read the same."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Self, SupportsIndex
+
+from pagemapcompat.errors import AlignmentError, InvalidArgumentError
+from pagemapcompat.memory import AddressRange
+from pagemapcompat.pagemap import ScanResult, check_max_pages
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from pagemapcompat.abi import Guarantee
+    from pagemapcompat.backends import Attached, Backend
+
+
+class Cursor:
+    """A reader of tracked memory: sees every page written since its own last collect. Made by `TrackedRange.cursor`.
+
+    What one cursor collects or resets, all others still get. A cursor that nobody asks costs one bit a page, and the
+    others a little time for each run of pages that they collect, whatever the size of the memory. Offsets are in bytes
+    from the start of the memory, page aligned; *stop* is exclusive, and None is the end. Every method may be called
+    from any thread; calls on one tracker run one after the other.
+
+    Attributes:
+        range: Where the memory lies.
+
+        guarantees: What the backend promises for this mapping.
+
+        granularity: What offsets are multiples of, in bytes: the page size, or in hugetlb memory that of its huge
+            pages.
+    """
+
+    def __init__(self, backend: Backend, attached: Attached, *, rearm: bool, keep: object = None) -> None:
+        self._backend = backend
+        self._attached = attached
+        self._rearm = rearm
+        self._keep = keep  # the tracked range, which would else end with its last name
+        self._closed = False
+        self.range: AddressRange = attached.range
+        self.guarantees: Guarantee = attached.guarantees
+        self.granularity: int = attached.granularity
+
+    def __repr__(self) -> str:
+        """For people."""
+        return f"<{type(self).__name__} {self.range}, {self._backend.name}{', closed' if self._closed else ''}>"
+
+    def __len__(self) -> int:
+        """In bytes, as the owner of the memory sees it."""
+        return self._attached.length
+
+    def peek(
+        self, start: SupportsIndex = 0, stop: SupportsIndex | None = None, *, max_pages: int | None = None
+    ) -> ScanResult:
+        """Return the pages written since they were last collected or reset. Changes nothing.
+
+        Memory that is not, or no longer, registered is reported as written; unmapped memory is skipped.
+
+        Args:
+            start: Where to begin.
+
+            stop: Where to end.
+
+            max_pages: Stop after this many pages; the result's `resume_at` says where to go on.
+
+        Raises:
+            AlignmentError: An offset is not on a page boundary.
+
+            ClosedError: The range or its tracker is closed, or belongs to the parent process.
+
+            FaultThreadError: The fault thread of `uffd-wp` has ended.
+
+        Cost: on `pagemap-scan` 0.3 us and 0.7 to 3 ns a page, on `uffd-wp` 7 to 15 ns a page.
+        """
+        return self._backend.get(self._attached, self._asked(start, stop), check_max_pages(max_pages))
+
+    def collect(
+        self, start: SupportsIndex = 0, stop: SupportsIndex | None = None, *, max_pages: int | None = None
+    ) -> ScanResult:
+        """Return the pages written since they were last collected or reset, and watch them anew in the same step.
+
+        Each write is reported by the collect during or after which it happened; a concurrent one perhaps twice, none
+        never. The pages of an error or an interrupt stay owed to the next peek or collect. Regions carry WRITTEN alone.
+
+        Args:
+            start: Where to begin.
+
+            stop: Where to end.
+
+            max_pages: Stop after this many pages. Those that were not returned stay written.
+
+        Raises:
+            NotTrackedError: Part of it has lost its registration (ENOENT), unless the tracker rearms. `range` is the
+                first such stretch, `collected` what was taken before it; nothing behind it was touched.
+
+            AlignmentError, ClosedError, FaultThreadError: As for `peek`.
+
+        Cost: on `pagemap-scan` 0.3 us and 0.7 to 10 ns a page, on `uffd-wp` 7 to 15 ns a page and 1 us a run.
+
+        Source: fs/proc/task_mmu.c, do_pagemap_scan; mm/userfaultfd.c, mwriteprotect_range.
+        """
+        asked = self._asked(start, stop)
+        limit = check_max_pages(max_pages)
+        return self._backend.get_and_engage_wp(self._attached, asked, limit, rearm=self._rearm)
+
+    def reset(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
+        """Start watching anew, whatever was written until now. What is owed is forgotten too.
+
+        Raises:
+            NotTrackedError: Part of it has lost its registration (ENOENT), unless the tracker rearms; everything before
+                `range` was reset.
+
+            AlignmentError, ClosedError, FaultThreadError: As for `peek`.
+        """
+        self._backend.engage_wp(self._attached, self._asked(start, stop), rearm=self._rearm)
+
+    def _asked(self, start: SupportsIndex, stop: SupportsIndex | None) -> AddressRange:
+        whole = self.range
+        if stop is None and type(start) is int and start == 0:
+            return whole
+        length = self._attached.length
+        first = operator.index(start)
+        last = length if stop is None else operator.index(stop)
+        for name, value in (("start", first), ("stop", last)):
+            if not 0 <= value <= length and value != whole.length:
+                raise InvalidArgumentError(f"{name}={value} lies outside of the {length} tracked bytes").with_hint(
+                    "offsets count from the start of the tracked memory; negative ones have no meaning"
+                )
+            if (whole.start + value) % self.granularity and value not in (0, length):
+                error = AlignmentError(f"{name}={value} is not a multiple of {self.granularity} bytes")
+                error.address, error.length = whole.start + value, last - first
+                down = value - (whole.start + value) % self.granularity
+                raise error.with_hint(f"use {down} or {down + self.granularity}")
+        if last < first:
+            raise InvalidArgumentError(f"stop={last} lies before start={first}").with_hint(
+                "stop is exclusive, not a length"
+            )
+        # Where the memory ends inside its last page, so does the last offset.
+        first, last = (whole.length if value == length else value for value in (first, last))
+        return AddressRange(whole.start + first, whole.start + last)
+
+    def close(self) -> None:
+        """Have no more pages noted for this reader. Idempotent; waits for running calls. Dropping it does the same."""
+        self._backend.detach_cursor(self._attached)
+        self._closed = True
+        self._keep = None
+
+    def __enter__(self) -> Self:
+        """Return the object itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()

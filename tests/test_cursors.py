@@ -1,0 +1,278 @@
+"""Several readers of one memory: each sees every write once, whatever the others do."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import threading
+
+import pytest
+from children import Crew, Mirror, in_child, memory_of, resources
+from conftest import PAGE, Flavour, libc, pages_of, part, private, write
+
+from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, page_size
+
+pytestmark = pytest.mark.kernel
+
+PAGES = 96
+
+
+def three(ram: TrackedRange) -> tuple[Cursor, Cursor, Cursor]:
+    """The first reader, and two more."""
+    return ram, ram.cursor(), ram.cursor()
+
+
+def test_each_reader_sees_every_write_once(tracker: DirtyTracker) -> None:
+    """In whatever order they ask."""
+    memory = private(PAGES)
+    readers = three(tracker.track(memory))
+    due: list[set[int]] = [set(), set(), set()]
+    dice = random.Random(5)
+    for _ in range(60):
+        written = write(memory, *dice.sample(range(PAGES), dice.randrange(6)))
+        due = [pages | written for pages in due]
+        for number in dice.sample(range(3), dice.randrange(3)):
+            assert pages_of(readers[number].peek()) == due[number]
+            assert pages_of(readers[number].collect()) == due[number]
+            due[number] = set()
+    for reader, pages in zip(readers, due, strict=True):
+        assert pages_of(reader.collect()) == pages
+        assert pages_of(reader.collect()) == set()
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_a_new_reader_starts_clean_and_takes_nothing(tracker: DirtyTracker, kind: str) -> None:
+    """What was written before it was made is the others' alone."""
+    memory = memory_of(kind, PAGES)
+    ram = tracker.track(memory)
+    earlier = write(memory, 1, 2, 3, 40)
+    cursor = ram.cursor()
+    assert pages_of(cursor.collect()) == set()
+    later = write(memory, 3, 50)
+    assert pages_of(cursor.collect()) == later
+    assert pages_of(ram.collect()) == earlier | later
+
+
+def test_a_reset_is_its_readers_own(tracker: DirtyTracker) -> None:
+    """The others keep what they were to get, a sub-range of it too."""
+    memory = private(PAGES)
+    first, second, third = three(tracker.track(memory))
+    written = write(memory, 0, 10, 20, 95)
+    second.reset()
+    assert pages_of(second.collect()) == set()
+    assert pages_of(third.peek()) == written
+    first.reset(5 * PAGE, 15 * PAGE)
+    assert pages_of(first.collect()) == written - {10}
+    assert pages_of(third.collect()) == written
+
+
+def test_declared_writes_reach_every_reader(tracker: DirtyTracker) -> None:
+    """unprotect concerns the memory, not a reader."""
+    memory = private(PAGES)
+    ram, second, third = three(tracker.track(memory))
+    ram.unprotect(4 * PAGE, 6 * PAGE)
+    assert pages_of(second.collect()) == {4, 5}
+    write(memory, 5)
+    assert pages_of(third.collect()) == {4, 5}
+    assert pages_of(second.collect()) == {5}
+    assert pages_of(ram.collect()) == {4, 5}
+    assert pages_of(ram.collect()) == set()
+
+
+def test_pages_owed_and_pages_written_come_together(tracker: DirtyTracker) -> None:
+    """A page that another reader took and that was written again is one page, and new for both."""
+    memory = private(PAGES)
+    ram, second, _ = three(tracker.track(memory))
+    write(memory, 7, 8)
+    ram.collect()
+    write(memory, 8, 9)
+    assert pages_of(second.collect()) == {7, 8, 9}
+    assert pages_of(ram.collect()) == {8, 9}
+
+
+def test_max_pages_and_parts(tracker: DirtyTracker) -> None:
+    """What is left behind stays, for the reader that left it."""
+    memory = private(PAGES)
+    ram, second, _ = three(tracker.track(memory))
+    written = write(memory, 1, 3, 5, 60, 61)
+    ram.collect()  # owed to the second from here on
+    written |= write(memory, 62)
+    got: set[int] = set()
+    at: int | None = 0
+    while at is not None:
+        result = second.collect(at, max_pages=2)
+        assert result.pages <= 2
+        got |= set(result.page_indices())
+        at = result.resume_at
+    assert got == written
+    write(memory, 2, 80)
+    assert pages_of(second.collect(0, 10 * PAGE)) == {2}
+    assert pages_of(second.collect()) == {80}
+    assert pages_of(ram.collect()) == {2, 62, 80}
+
+
+def test_untracked_memory(flavour: Flavour, area) -> None:
+    """The error takes nothing from the other readers, nor does their policy."""
+    with flavour.tracker() as strict:
+        place = area(16)
+        ram = strict.track(place)
+        other = ram.cursor()
+        libc.fill(place.start + 2 * PAGE)
+        libc.fill(place.start + 12 * PAGE)
+        hole = part(ram, 8, 2)
+        libc.munmap(hole.start, hole.length)
+        libc.mmap(hole.length, address=hole.start)
+        with pytest.raises(NotTrackedError) as caught:
+            other.collect()
+        assert caught.value.range == hole
+        assert caught.value.collected is not None
+        taken = set(caught.value.collected.page_indices())
+        assert 2 in taken
+        with pytest.raises(NotTrackedError):
+            ram.cursor()
+        ram.rearm()
+        rest = pages_of(other.collect())
+        assert {8, 9, 12} <= rest
+        assert not rest & taken
+        assert pages_of(ram.collect()) >= {2, 8, 9, 12}
+        other.close()
+    with flavour.tracker(on_untracked="rearm") as lenient:
+        place = area(16)
+        ram = lenient.track(place)
+        other = ram.cursor()
+        libc.munmap(place.start, 4 * PAGE)
+        libc.mmap(4 * PAGE, address=place.start)
+        other.reset()
+        assert pages_of(other.collect()) == set()
+        assert pages_of(ram.collect()) == {0, 1, 2, 3}
+
+
+def test_life(tracker: DirtyTracker) -> None:
+    """A reader can end before, with and after its range; the others go on."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    with ram.cursor() as cursor:
+        assert repr(cursor) == f"<Cursor {ram.range}, {tracker.selection.chosen}>"
+        assert len(cursor) == len(memory)
+        assert (cursor.range, cursor.guarantees, cursor.granularity) == (ram.range, ram.guarantees, page_size())
+    cursor.close()
+    with pytest.raises(ClosedError):
+        cursor.collect()
+    written = write(memory, 3)
+    assert pages_of(ram.collect()) == written
+    orphan = ram.cursor()
+    ram.close()
+    with pytest.raises(ClosedError):
+        orphan.peek()
+    with pytest.raises(ClosedError):
+        ram.cursor()
+    orphan.close()
+
+
+def test_an_answer_outlives_its_reader(tracker: DirtyTracker) -> None:
+    """A result is a value, and closing a reader during its life harms nobody."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    cursor = ram.cursor()
+    written = write(memory, 5, 6)
+    result = cursor.collect()
+    cursor.close()
+    del cursor
+    assert pages_of(result) == written
+    assert pages_of(ram.collect()) == written
+
+
+def test_readers_come_and_go_without_a_trace(flavour: Flavour) -> None:
+    """Also those that are dropped instead of closed."""
+
+    def scenario() -> None:
+        with flavour.tracker() as tracker:
+            memory = private(PAGES)
+            ram = tracker.track(memory)
+            ram.cursor()
+            before = resources()
+            for _ in range(50):
+                kept = [ram.cursor() for _ in range(3)]
+                write(memory, 1)
+                kept.pop().close()
+                kept.pop().collect()
+            del kept
+            after = resources()
+            assert after == before
+
+    in_child(scenario)
+
+
+def test_a_reader_that_stops_reading_costs_one_bit_a_page(tracker: DirtyTracker) -> None:
+    """However much is written meanwhile."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    idle = ram.cursor()
+    for _ in range(40):
+        write(memory, *range(0, PAGES, 3))
+        ram.collect()
+        assert tracker.statistics().owed_pages == PAGES // 3
+    assert pages_of(idle.collect()) == set(range(0, PAGES, 3))
+    assert tracker.statistics().owed_pages == 0
+
+
+def test_an_undelivered_answer_goes_back_to_its_reader_alone(
+    tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt between C and Python: the taker still gets its pages, and the others theirs once."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    cursor = ram.cursor()
+    written = write(memory, 11, 12)
+
+    class Interrupt(BaseException):
+        """Stands for KeyboardInterrupt."""
+
+    def interrupted(*_: object) -> None:
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pagemapcompat.backends.ScanResult", interrupted)
+        with pytest.raises(Interrupt):
+            cursor.collect()
+    assert pages_of(ram.collect()) == written
+    assert pages_of(ram.collect()) == set()
+    assert pages_of(cursor.collect()) == written
+    assert pages_of(cursor.collect()) == set()
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_nothing_is_lost_with_readers_and_writers_in_threads(flavour: Flavour, kind: str) -> None:
+    """Each reader keeps a mirror of the memory by what it collects; in the end all of them are right."""
+
+    def writer(memory: mmap.mmap, seed: int, stop: threading.Event) -> None:
+        dice = random.Random(seed)
+        while not stop.is_set():
+            at = dice.randrange(len(memory))
+            memory[at] = dice.randrange(256)
+
+    def reader(mirror: Mirror, rounds: int) -> None:
+        for number in range(rounds):
+            if number % 7 == 3:
+                mirror.merge(mirror.ram.collect(0, PAGES // 2 * PAGE, max_pages=5))
+            else:
+                mirror.merge(mirror.ram.collect())
+
+    def scenario() -> None:
+        with flavour.tracker() as tracker:
+            memory = memory_of(kind, PAGES)
+            ram = tracker.track(memory)
+            mirrors = [Mirror(one, memory) for one in three(ram)]
+            writers, readers, stop = Crew(), Crew(), threading.Event()
+            for seed in range(2):
+                writers.add(writer, memory, seed, stop)
+            for number, mirror in enumerate(mirrors):
+                readers.add(reader, mirror, 20 + 30 * number)
+            readers.join()
+            stop.set()
+            writers.join()
+            for mirror in mirrors:
+                mirror.finish()
+
+    memory_of(kind, 1)  # skips where shared memory is refused
+    in_child(scenario)
