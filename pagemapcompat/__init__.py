@@ -21,12 +21,15 @@ from pagemapcompat.errors import AccessError as AccessError
 from pagemapcompat.errors import AlignmentError as AlignmentError
 from pagemapcompat.errors import AlreadyRegisteredError as AlreadyRegisteredError
 from pagemapcompat.errors import ClosedError as ClosedError
+from pagemapcompat.errors import ConcurrentWriteError as ConcurrentWriteError
 from pagemapcompat.errors import FaultThreadError as FaultThreadError
 from pagemapcompat.errors import InvalidArgumentError as InvalidArgumentError
 from pagemapcompat.errors import KernelError as KernelError
 from pagemapcompat.errors import NotTrackableError as NotTrackableError
 from pagemapcompat.errors import NotTrackedError as NotTrackedError
 from pagemapcompat.errors import PagemapCompatError as PagemapCompatError
+from pagemapcompat.errors import RestoreError as RestoreError
+from pagemapcompat.errors import SnapshotFileError as SnapshotFileError
 from pagemapcompat.errors import TargetGoneError as TargetGoneError
 from pagemapcompat.errors import UnsupportedError as UnsupportedError
 from pagemapcompat.limits import Limits as Limits
@@ -41,6 +44,7 @@ from pagemapcompat.probe import FeatureReport as FeatureReport
 from pagemapcompat.probe import ProbeResult as ProbeResult
 from pagemapcompat.probe import probe as probe
 from pagemapcompat.selection import Selection as Selection
+from pagemapcompat.snapshots import Snapshot as Snapshot
 from pagemapcompat.tracker import DirtyTracker as DirtyTracker
 from pagemapcompat.tracker import TrackedRange as TrackedRange
 
@@ -51,6 +55,7 @@ __all__ = [
     "AlreadyRegisteredError",
     "BackendStatistics",
     "ClosedError",
+    "ConcurrentWriteError",
     "Cursor",
     "DirtyTracker",
     "EntryFlag",
@@ -69,9 +74,12 @@ __all__ = [
     "PagemapCompatError",
     "PagemapEntry",
     "ProbeResult",
+    "RestoreError",
     "ScanQuery",
     "ScanResult",
     "Selection",
+    "Snapshot",
+    "SnapshotFileError",
     "TargetGoneError",
     "TrackedRange",
     "UnsupportedError",

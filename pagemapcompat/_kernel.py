@@ -6,12 +6,13 @@ what it asked for. cffi releases the GIL around every call.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from pagemapcompat._native import ffi, lib
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -59,6 +60,13 @@ class CursorHandle(_Handle):
     _destroy = staticmethod(lib.pmc_cursor_destroy)
 
 
+class ImageHandle(_Handle):
+    """Owns a `struct pmc_image`."""
+
+    __slots__ = ()
+    _destroy = staticmethod(lib.pmc_image_destroy)
+
+
 _NULL: Any = ffi.NULL
 
 
@@ -101,6 +109,8 @@ _pmc_scan = lib.pmc_scan
 _new_result = ffi.new_allocator(should_clear_after_alloc=True)
 _RESULT = ffi.typeof("struct pmc_result *")
 _REGION_SIZE = ffi.sizeof("struct page_region")
+_REGION = Struct("=QQQ")
+_PAGE_SIZE = 1 << lib.pmc_page_shift()
 
 
 def compiled(name: str) -> int:
@@ -151,6 +161,15 @@ class Result:
         result.c.walk_end = walk_end
         return result
 
+    @classmethod
+    def of(cls, start: int, end: int) -> Result:
+        """One region."""
+        return cls.restore(_REGION.pack(start, end, lib.PAGE_IS_WRITTEN), end)
+
+    def triples(self) -> Iterator[tuple[int, int, int]]:
+        """start, end and categories of every region."""
+        return _REGION.iter_unpack(self.words())
+
     def words(self) -> memoryview:
         """start, end and categories of every region in turn, as read-only 64-bit words. Copies nothing."""
         c = self.c
@@ -159,6 +178,14 @@ class Result:
         # A buffer keeps the pointer alive that it was made from, and this one keeps what owns the memory.
         regions = ffi.gc(c.regions, lambda _: c)
         return memoryview(ffi.buffer(regions, c.count * _REGION_SIZE)).cast("Q").toreadonly()
+
+
+def unite(a: Result, b: Result) -> Result:
+    """The pages that are in one of two results."""
+    result = Result()
+    if lib.pmc_result_unite(result.c, a.c, b.c):
+        raise MemoryError
+    return result
 
 
 def fill_bitmap(result: Result, base: int, page_shift: int, out: Buffer) -> None:
@@ -375,3 +402,75 @@ def operation(result: Result) -> str:
     """The system call that failed."""
     name = result.c.operation
     return ffi.string(name).decode() if name else ""  # type: ignore[union-attr]
+
+
+# -- Images ----------------------------------------------------------------------------------------------------
+
+
+LIST_HELD: int = lib.PMC_LIST_HELD
+LIST_MISSING: int = lib.PMC_LIST_MISSING
+
+
+def image_create(pages: int, base: ImageHandle | None = None) -> ImageHandle:
+    """An image of so many pages, like *base* or all zeros."""
+    handle = ImageHandle("struct pmc_image **")
+    if lib.pmc_image_create(handle.out, base.c if base else _NULL, pages):
+        raise MemoryError
+    handle.c = handle.out[0]
+    return handle
+
+
+def image_load(image: ImageHandle, first: int, content: Buffer) -> None:
+    """Set the pages from *first* on. Only before anybody else has the image."""
+    with memoryview(content).cast("B") as view:
+        if lib.pmc_image_load(image.c, first, view.nbytes // _PAGE_SIZE, ffi.from_buffer(view)):
+            raise MemoryError
+
+
+def image_miss(image: ImageHandle, first: int, count: int) -> None:
+    """Make pages missing. Only before anybody else has the image."""
+    if lib.pmc_image_miss(image.c, first, count):
+        raise MemoryError
+
+
+def image_copied(image: ImageHandle) -> int:
+    """How many pages were copied into it, beside those of its base."""
+    return int(lib.pmc_image_copied(image.c))
+
+
+def image_read(image: ImageHandle, first: int, count: int) -> bytearray:
+    """The content of some pages; zeros where there is none."""
+    content = bytearray(count * _PAGE_SIZE)
+    lib.pmc_image_read(image.c, first, count, ffi.from_buffer(content))
+    return content
+
+
+def image_list(image: ImageHandle, base: int, categories: int) -> Result:
+    """The pages that are held, missing or both (LIST_*), as addresses from *base* on."""
+    result = Result()
+    if lib.pmc_image_list(image.c, base, categories, result.c):
+        raise MemoryError
+    return result
+
+
+def image_diff(a: ImageHandle, b: ImageHandle, base: int) -> Result:
+    """The pages whose content differs."""
+    result = Result()
+    if lib.pmc_image_diff(a.c, b.c, base, result.c):
+        raise MemoryError
+    return result
+
+
+def capture(handle: RangeHandle, image: ImageHandle, pages: Result, result: Result) -> int:
+    """Copy pages from memory. Only before anybody else has the image."""
+    return int(lib.pmc_capture(handle.c, image.c, pages.c.regions, pages.c.count, result.c))
+
+
+def restore(handle: RangeHandle, image: ImageHandle, pages: Result, result: Result) -> int:
+    """Write pages back."""
+    return int(lib.pmc_restore(handle.c, image.c, pages.c.regions, pages.c.count, result.c))
+
+
+def compare(handle: RangeHandle, image: ImageHandle, pages: Result, result: Result) -> int:
+    """Which of *pages* are not as the image has them, into *result*."""
+    return int(lib.pmc_compare(handle.c, image.c, pages.c.regions, pages.c.count, result.c))

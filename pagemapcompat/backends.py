@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from errno import EACCES, EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
+from errno import EACCES, EBUSY, EDEADLK, EFAULT, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -296,6 +296,55 @@ class Backend:
         # handler above, leaves the pages undelivered, and freeing the result gives them back.
         result.c.delivered = 1
         return answer
+
+    def take(self, on: Attached, *, rearm: bool) -> _kernel.Result:
+        """ENGAGE_WP + GET of all of it. The pages go back to the reader unless its owner sets `delivered`."""
+        result = _kernel.Result()
+        flags = _kernel.ENGAGE | (_kernel.REARM if rearm else 0)
+        rc = _kernel.scan(on.cursor, on.range.start, on.range.end, 0, flags, result)
+        if rc or result.c.walk_end < on.range.end:
+            _kernel.owe(result)
+            self._fail(-rc or ENOMEM, _kernel.operation(result), on.range, result)
+        return result
+
+    def written(self, on: Attached) -> _kernel.Result:
+        """GET of all of it."""
+        result = _kernel.Result()
+        rc = _kernel.scan(on.cursor, on.range.start, on.range.end, 0, 0, result)
+        if rc or result.c.walk_end < on.range.end:
+            self._fail(-rc or ENOMEM, _kernel.operation(result), on.range)
+        return result
+
+    def capture(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> None:
+        """Copy *pages* from memory into *image*."""
+        result = _kernel.Result()
+        rc = _kernel.capture(on.handle, image, pages, result)
+        if rc:
+            self._fail(-rc, _kernel.operation(result), on.range)
+
+    def write_back(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> None:
+        """Write *pages* of *image* into memory, whatever its protection."""
+        result = _kernel.Result()
+        rc = _kernel.restore(on.handle, image, pages, result)
+        if rc == -EFAULT and result.c.untracked_end:
+            where = AddressRange(result.c.untracked_start, result.c.untracked_end)
+            raise KernelError.make(
+                EFAULT,
+                _kernel.operation(result),
+                f"{where} is in the snapshot and cannot be written now",
+                range=where,
+                hint="it was unmapped, made a guard page, or is a read-only shared mapping: undo that, then restore",
+            )
+        if rc:
+            self._fail(-rc, _kernel.operation(result), on.range)
+
+    def differing(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> _kernel.Result:
+        """Which of *pages* are not what *image* holds."""
+        result = _kernel.Result()
+        rc = _kernel.compare(on.handle, image, pages, result)
+        if rc:
+            self._fail(-rc, _kernel.operation(result), on.range)
+        return result
 
     def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""

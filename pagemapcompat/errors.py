@@ -55,6 +55,38 @@ class FaultThreadError(PagemapCompatError, RuntimeError):
     """The fault thread of backend `uffd-wp` ended. Writers went on, untracked: what they wrote is not known."""
 
 
+class RestoreError(PagemapCompatError, RuntimeError):
+    """Memory is not what the snapshot holds, though a restore wrote it back and nobody was seen to write since.
+
+    Attributes:
+        differing: The pages that differ.
+    """
+
+    differing: ScanResult | None = None
+    _hint = (
+        "something wrote without being seen: another mapping of the same memory, or a device with pages pinned before "
+        "they were tracked"
+    )
+
+    @classmethod
+    def of(cls, differing: ScanResult) -> Self:
+        """Say which pages."""
+        first, last = next(differing.spans())
+        error = cls(f"{differing.pages} pages differ from the snapshot, the first of them in bytes {first} to {last}")
+        error.differing = differing
+        return error.with_hint(cls._hint)
+
+
+class ConcurrentWriteError(RestoreError):
+    """Somebody wrote while a snapshot was being restored. The next restore finds these pages."""
+
+    _hint = "stop the writers, then restore again"
+
+
+class SnapshotFileError(PagemapCompatError, ValueError):
+    """A file is no snapshot, is of another version or kind of machine, or was truncated or altered."""
+
+
 class KernelError(PagemapCompatError, OSError):
     """A system call failed.
 

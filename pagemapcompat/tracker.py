@@ -13,11 +13,13 @@ from pagemapcompat.memory import AddressRange, Memory, PinnedMemory, pin
 from pagemapcompat.probe import probe
 from pagemapcompat.registrations import Claim, claim, release
 from pagemapcompat.selection import Selection, open_backend
+from pagemapcompat.snapshots import History, Snapshot
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from pagemapcompat.backends import Attached, BackendStatistics
+    from pagemapcompat.pagemap import ScanResult
 
 OnUntracked = Literal["raise", "rearm"]
 
@@ -34,6 +36,7 @@ class TrackedRange(Cursor):
         self._pinned = pinned
         self._claim = claimed
         super().__init__(tracker._backend, attached, rearm=rearm, keep=tracker)  # noqa: SLF001 - its friend
+        self._history = History(self._backend, attached, rearm=rearm)
 
     # -- What concerns every reader ---------------------------------------------------------------------------
 
@@ -49,6 +52,57 @@ class TrackedRange(Cursor):
         """
         attached = self._backend.attach_cursor(self._attached, rearm=self._rearm)
         return Cursor(self._backend, attached, rearm=self._rearm, keep=self)
+
+    def snapshot(self) -> Snapshot:
+        """Copy the memory: all that is there the first time, later the pages written since the last one or restore.
+
+        Stop the writers for a snapshot of one moment. A page that is written meanwhile is in it as it was when it was
+        copied, and counts as written since.
+
+        Raises:
+            NotTrackedError: Part of the memory has lost its registration (ENOENT), unless the tracker rearms.
+
+            KernelError: A page that is there cannot be read (EIO).
+
+            ClosedError, FaultThreadError: As for `peek`.
+
+        Cost: a collect, and 0.5 us a page; the first time a read of every page that is there. Empty pages of private
+        anonymous memory are not populated, except with `uffd-wp-unpopulated` on machines with swap.
+
+        Source: process_vm_readv(2); proc_pid_mem(5) for pages that may not be read.
+        """
+        return self._history.snapshot()
+
+    def restore(self, snapshot: Snapshot, *, verify: bool = False) -> ScanResult:
+        """Make the memory what it was, and return the pages that were written back: those that may differ.
+
+        From any snapshot to any other, again and again; of other memory of the same length, too. For other readers
+        what is written back is written. What the snapshot does not hold (guard pages, holes) is left alone.
+
+        Stop the writers. When this returns, memory was the snapshot's at one moment and every write since is seen; what
+        was written before that moment is undone. If anybody else's write is found in it, this raises.
+
+        Args:
+            snapshot: Of this memory, or of any of the same length.
+
+            verify: Compare all of the memory afterwards.
+
+        Raises:
+            ConcurrentWriteError: Somebody wrote meanwhile; some pages are not the snapshot's. Restore again.
+
+            RestoreError: *verify* found a difference.
+
+            KernelError: A page that the snapshot holds cannot be written (EFAULT). Those before it were.
+
+            InvalidArgumentError: It is of another length.
+
+            NotTrackedError, ClosedError, FaultThreadError: As for `snapshot`.
+
+        Cost: a peek and a collect, and 0.6 us a page; beside the last snapshot, what differs between the two.
+
+        Source: process_vm_writev(2).
+        """
+        return self._history.restore(snapshot, verify=verify)
 
     def unprotect(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
         """Let writers at these pages without a fault. Every reader finds them written once more.

@@ -46,7 +46,7 @@ LAYERS = (
     {"pagemap"},
     {"refusals"},
     {"backends"},
-    {"cursors", "selection"},
+    {"cursors", "selection", "snapshots"},
     {"tracker"},
     {"__init__"},
     {"cli_formats", "cli_streams"},

@@ -14,6 +14,7 @@ from pagemapcompat import (
     AlreadyRegisteredError,
     BackendStatistics,
     ClosedError,
+    ConcurrentWriteError,
     Cursor,
     DirtyTracker,
     EntryFlag,
@@ -32,9 +33,12 @@ from pagemapcompat import (
     PagemapEntry,
     PageRegion,
     ProbeResult,
+    RestoreError,
     ScanQuery,
     ScanResult,
     Selection,
+    Snapshot,
+    SnapshotFileError,
     TargetGoneError,
     TrackedRange,
     UnsupportedError,
@@ -152,6 +156,20 @@ def choose() -> tuple[Selection, BackendStatistics]:
         return selection, tracker.statistics()
 
 
+def snapshots(ram: TrackedRange) -> Snapshot | None:
+    """What memory was, and is again."""
+    first = ram.snapshot()
+    assert_type(first, Snapshot)
+    assert_type(ram.restore(first, verify=True), ScanResult)
+    assert_type(first.diff(ram.snapshot()), ScanResult)
+    assert_type(first.read(0, page_size()), bytes)
+    assert_type((first.missing(), first.held()), tuple[ScanResult, ScanResult])
+    assert_type((first.pages, len(first), first.range), tuple[int, int, AddressRange])
+    first.squash()
+    first.drop()
+    return first.parent
+
+
 def fail(ram: TrackedRange) -> str | None:
     """Errors, and what they carry."""
     try:
@@ -170,6 +188,11 @@ def fail(ram: TrackedRange) -> str | None:
         invalid: InvalidArgumentError = error
         assert_type((error.address, error.length), tuple[int, int])
         return f"{value_error} {invalid}"
+    except RestoreError as error:
+        assert_type(error.differing, ScanResult | None)
+        return f"{isinstance(error, ConcurrentWriteError)}"
+    except SnapshotFileError as error:
+        return str(error)
     except (ClosedError, FaultThreadError) as error:
         root: PagemapCompatError = error
         return root.hint

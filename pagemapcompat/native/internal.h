@@ -1,5 +1,5 @@
 // What the C files share. Layers, each using only those before it:
-// output, vmas, uffd, fault, then the engines (words, scan), then tracker, range, cursor and operations.
+// output, image, vmas, uffd, fault, then the engines (words, scan), then tracker, range, cursor, operations and copy.
 #ifndef PMC_INTERNAL_H
 #define PMC_INTERNAL_H
 
@@ -31,8 +31,6 @@ static inline uint64_t align_up(uint64_t value, uint64_t unit)
 {
 	return align_down(value + unit - 1, unit);
 }
-
-uint32_t pmc_page_shift(void);
 
 // Zeroed pages of our own, so that no lock or buffer of the library lies in tracked memory. NULL: out of memory.
 void *pmc_pages_alloc(size_t size);
@@ -81,6 +79,26 @@ static inline void bit_clear(uint64_t *bits, uint64_t index)
 uint64_t pmc_bits_fill(uint64_t *bits, uint64_t from, uint64_t to, bool value);
 // The first index in [from, to) whose bit is *value*, else *to*.
 uint64_t pmc_bits_find(const uint64_t *bits, uint64_t from, uint64_t to, bool value);
+
+// -- image.c: what memory held ------------------------------------------------------------------------------
+
+struct frame {
+	atomic_uint references;
+	unsigned char bytes[]; // a page
+};
+
+enum pmc_content { PMC_ZERO, PMC_HELD, PMC_MISSING };
+
+// Room for a page, with one reference. NULL: out of memory.
+struct frame *pmc_frame_alloc(uint32_t page_shift);
+void pmc_frame_put(struct frame *frame);
+bool pmc_is_zero(const unsigned char *bytes, uint32_t page_shift);
+// What an image has at a page; *bytes* where it holds any.
+enum pmc_content pmc_image_at(const struct pmc_image *image, uint64_t page, const unsigned char **bytes);
+// Changes an image that nobody else has yet. With PMC_HELD *frame* is taken over, unless that fails.
+int pmc_image_put(struct pmc_image *image, uint64_t page, enum pmc_content content, struct frame *frame);
+// Makes [from, to) zero or missing.
+int pmc_image_clear(struct pmc_image *image, uint64_t from, uint64_t to, enum pmc_content content);
 
 // -- vmas.c: the mappings of a process, in ascending order --------------------------------------------------
 
@@ -269,6 +287,11 @@ int pmc_rearm_stretch(struct pmc_range *range, uint64_t start, uint64_t end);
 int pmc_range_close_locked(struct pmc_range *range);
 // Drops a reference; the last one frees.
 void pmc_range_put(struct pmc_range *range);
+
+// -- operations.c -------------------------------------------------------------------------------------------------
+
+// pmc_enter() for a range that must be open.
+int pmc_enter_range(struct pmc_range *range);
 
 // -- cursor.c; all under the tracker's mutex --------------------------------------------------------------------
 

@@ -10,7 +10,7 @@
 
 #include "internal.h"
 
-static int enter_range(struct pmc_range *range)
+int pmc_enter_range(struct pmc_range *range)
 {
 	if (!range)
 		return -PMC_ECLOSED;
@@ -25,7 +25,7 @@ static int enter_cursor(struct pmc_cursor *cursor)
 {
 	if (!cursor)
 		return -PMC_ECLOSED;
-	int rc = enter_range(cursor->range);
+	int rc = pmc_enter_range(cursor->range);
 	if (rc || cursor->owed)
 		return rc;
 	pthread_mutex_unlock(&cursor->range->tracker->mutex);
@@ -290,7 +290,7 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 
 int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result)
 {
-	int rc = enter_range(range);
+	int rc = pmc_enter_range(range);
 	if (rc)
 		return rc;
 	struct pmc_tracker *tracker = range->tracker;
@@ -315,7 +315,7 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 
 int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result)
 {
-	int rc = enter_range(range);
+	int rc = pmc_enter_range(range);
 	if (rc)
 		return rc;
 	while (start < end) {

@@ -97,6 +97,22 @@ int pmc_result_fill(struct pmc_result *result, const struct page_region *regions
 	return 0;
 }
 
+int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, const struct pmc_result *b)
+{
+	uint64_t i = 0, k = 0;
+	if (pmc_result_reserve(result, a->count + b->count))
+		return -ENOMEM;
+	while (i < a->count || k < b->count) {
+		bool first = k == b->count || (i < a->count && a->regions[i].start <= b->regions[k].start);
+		const struct page_region *next = first ? &a->regions[i++] : &b->regions[k++];
+		uint64_t done = result->count ? result->regions[result->count - 1].end : 0;
+		if (next->end > done)
+			pmc_result_append(result, max_u64(next->start, done), next->end, PAGE_IS_WRITTEN, pmc_page_shift());
+	}
+	result->walk_end = max_u64(a->walk_end, b->walk_end);
+	return 0;
+}
+
 uint64_t pmc_bits_fill(uint64_t *bits, uint64_t from, uint64_t to, bool value)
 {
 	uint64_t changed = 0;

@@ -108,6 +108,9 @@ int pmc_madvise(uint64_t start, uint64_t end, int advice);
 // mremap(2) that moves the pages of private anonymous memory over whatever is at *to*, and leaves the mapping where it was.
 int pmc_mremap_pages(uint64_t from, uint64_t to, uint64_t length);
 
+// log2 of the size of a page, in bytes.
+uint32_t pmc_page_shift(void);
+
 // -- GET on any process -----------------------------------------------------------------------------------
 
 // Answers *arg* (no vector, no WP flag) for [arg->start, arg->end) of the process behind *pagemap*. With *maps* below 0
@@ -164,12 +167,49 @@ int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_
 // Gives the pages that *result* took and that reached nobody back: the next scan returns them again. Once; then it is delivered.
 int pmc_owe(struct pmc_result *result);
 
+// -- Images: what the memory of a range held, page by page. Immutable once made, shared by any threads; pages count from 0 ------
+
+struct pmc_image;
+
+// Of pmc_image_list().
+#define PMC_LIST_HELD 1 // pages that are not all zeros
+#define PMC_LIST_MISSING 2 // guard pages and holes
+
+// An image of *pages* pages, like *base* (of as many pages) or all zeros. Until somebody else has it, the three functions that follow
+// may change it; on a failure it is only good for being destroyed.
+int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint64_t pages);
+// Copies the pages of *regions* from memory. What is empty is not populated where pagemap can tell. -EIO: a page cannot be read.
+int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct page_region *regions, uint64_t count,
+		struct pmc_result *result);
+// Sets [first, first + count) to *bytes*.
+int pmc_image_load(struct pmc_image *image, uint64_t first, uint64_t count, const unsigned char *bytes);
+// Makes [first, first + count) missing.
+int pmc_image_miss(struct pmc_image *image, uint64_t first, uint64_t count);
+void pmc_image_destroy(struct pmc_image *image);
+// How many pages were copied into it, beside those of its base.
+uint64_t pmc_image_copied(const struct pmc_image *image);
+// Copies [first, first + count) out; zeros where it holds nothing.
+void pmc_image_read(const struct pmc_image *image, uint64_t first, uint64_t count, unsigned char *ret);
+// Appends the pages of *categories* (PMC_LIST_*), as addresses from *base* on.
+int pmc_image_list(const struct pmc_image *image, uint64_t base, uint64_t categories, struct pmc_result *result);
+// Appends the pages whose content differs. Costs what differs in their trees, not their size.
+int pmc_image_diff(const struct pmc_image *a, const struct pmc_image *b, uint64_t base, struct pmc_result *result);
+// Writes the pages of *regions*, what is missing in *image* excepted. -EFAULT: the page in result->untracked_* cannot be written;
+// those before it were.
+int pmc_restore(struct pmc_range *range, const struct pmc_image *image, const struct page_region *regions,
+		uint64_t count, struct pmc_result *result);
+// Appends the pages of *regions* in which memory is not what *image* holds.
+int pmc_compare(struct pmc_range *range, const struct pmc_image *image, const struct page_region *regions,
+		uint64_t count, struct pmc_result *result);
+
 // -- Results ----------------------------------------------------------------------------------------------
 
 // Frees the regions, after pmc_owe() unless delivered. The struct is the caller's.
 void pmc_result_release(struct pmc_result *result);
 // Appends regions that ascend. 0 or -ENOMEM.
 int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count);
+// Fills an empty result with the pages that are in *a* or *b*. 0 or -ENOMEM.
+int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, const struct pmc_result *b);
 // Sets bit (page - base) of *bits*, least significant first, for each page of *regions*.
 void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t base, uint32_t page_shift,
 		     unsigned char *bits);

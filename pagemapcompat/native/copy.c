@@ -1,0 +1,398 @@
+// Copying between memory and images: capture, restore, compare.
+//
+// Memory is read and written through the kernel, never by a load or a store: a page that another thread has just protected,
+// unmapped or made a guard page is then an answer and not a SIGSEGV. process_vm_readv(2) takes many pages in one call and obeys their
+// protection; what it refuses is tried through /proc/self/mem, which does not (FOLL_FORCE).
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/sysinfo.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#define BATCH 128 // pages of one process_vm_readv
+#define LOOK_FROM 16 // pages of a region from which on it pays to ask first which of them hold anything
+#define LOOK 4096 // pages that are asked about at once
+
+// What is known of a page before it is read.
+enum { MAY_HOLD, IS_EMPTY, IS_NOT_THERE };
+
+// One job: pages are gathered into batches, each of which is one call.
+struct copier {
+	struct pmc_range *range;
+	struct pmc_tracker *tracker;
+	struct pmc_result *result;
+	uint32_t page_shift;
+	int mem; // /proc/self/mem, once it was needed
+	bool swap; // there is any; else a page that is neither here nor empty is a mark
+	bool write;
+	// What is done with a page: before, when nothing is to be read from it, and after it was read.
+	int (*unread)(struct copier *copier, uint64_t from, uint64_t to, enum pmc_content content);
+	int (*read)(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame);
+	struct pmc_image *image; // that is made
+	const struct pmc_image *given;
+	uint32_t count;
+	uint32_t pieces;
+	struct iovec local[BATCH];
+	struct iovec remote[BATCH];
+	uint64_t pages[BATCH];
+	enum pmc_content content[BATCH];
+	struct frame *frames[BATCH];
+	unsigned char known[LOOK];
+	unsigned char resident[LOOK];
+	unsigned char zeros[]; // a page
+};
+
+// One page by /proc/self/mem, whatever its protection. 1: done, 0: it cannot be had, or -errno.
+static int force(struct copier *copier, uint64_t address, void *bytes, bool write)
+{
+	size_t size = (size_t)1 << copier->page_shift;
+	if (copier->mem < 0) {
+		copier->tracker->operation = "/proc/self/mem";
+		copier->mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
+		if (copier->mem < 0)
+			return -errno;
+	}
+	ssize_t got;
+	do
+		got = write ? pwrite(copier->mem, bytes, size, (off_t)address) : pread(copier->mem, bytes, size, (off_t)address);
+	while (got < 0 && errno == EINTR);
+	return got == (ssize_t)size;
+}
+
+// Nothing can be read from a page: there is none, else -EIO.
+static int read_refused(struct copier *copier, uint32_t index)
+{
+	uint64_t word, address = copier->range->start + (copier->pages[index] << copier->page_shift);
+	int rc = force(copier, address, copier->local[index].iov_base, false);
+	if (rc)
+		return rc < 0 ? rc : 0;
+	copier->content[index] = PMC_MISSING;
+	copier->tracker->operation = "/proc/self/pagemap";
+	rc = pmc_words_read(copier->tracker->pagemap, address, 1, copier->page_shift, copier->page_shift, &word);
+	if (rc || !(word & PM_WORD_PRESENT))
+		return rc;
+	copier->tracker->operation = "process_vm_readv";
+	return -EIO;
+}
+
+// Protected by us with nobody there to resolve a fault of the kernel's, or by its mapping.
+static int write_refused(struct copier *copier, uint32_t index)
+{
+	struct pmc_tracker *tracker = copier->tracker;
+	uint64_t address = copier->range->start + (copier->pages[index] << copier->page_shift), untracked;
+	const struct piece *piece = pmc_piece_at(copier->range, address);
+	uint64_t size = 1ull << piece->page_shift, unit = align_down(address, size);
+
+	int rc = pmc_owe_mapped(copier->range, unit, unit + size, NULL);
+	pmc_vmas_refresh(&tracker->vmas);
+	if (!rc)
+		rc = pmc_protect(tracker, unit, unit + size, piece->page_shift, 0, &untracked);
+	if (rc && rc != -ENOENT)
+		return rc;
+	rc = force(copier, address, copier->local[index].iov_base, true);
+	if (rc)
+		return rc < 0 ? rc : 0;
+	tracker->operation = "process_vm_writev";
+	copier->result->untracked_start = address;
+	copier->result->untracked_end = address + (1ull << copier->page_shift);
+	return -EFAULT;
+}
+
+// Runs the batch, page by page where the kernel stops.
+static int flush(struct copier *copier)
+{
+	uint32_t done = 0, piece = 0;
+	int rc = 0;
+	while (done < copier->count && !rc) {
+		struct iovec *local = copier->local + done, *remote = copier->remote + piece;
+		ssize_t got = copier->write ?
+			process_vm_writev(getpid(), local, copier->count - done, remote, copier->pieces - piece, 0) :
+			process_vm_readv(getpid(), local, copier->count - done, remote, copier->pieces - piece, 0);
+		uint64_t pages = got > 0 ? (uint64_t)got >> copier->page_shift : 0;
+		if (!pages) {
+			rc = copier->write ? write_refused(copier, done) : read_refused(copier, done);
+			pages = 1;
+		}
+		done += (uint32_t)pages;
+		for (uint64_t left = pages << copier->page_shift; left;) {
+			uint64_t step = min_u64(left, copier->remote[piece].iov_len);
+			copier->remote[piece].iov_base = (char *)copier->remote[piece].iov_base + step;
+			copier->remote[piece].iov_len -= step;
+			piece += !copier->remote[piece].iov_len;
+			left -= step;
+		}
+	}
+	for (uint32_t i = 0; i < copier->count && !rc && copier->read; i++)
+		rc = copier->read(copier, copier->pages[i], copier->content[i], &copier->frames[i]);
+	copier->count = copier->pieces = 0;
+	return rc;
+}
+
+// Puts a page into the batch: to be written from *bytes*, or to be read, where *bytes* is NULL.
+static int add(struct copier *copier, uint64_t page, void *bytes)
+{
+	uint64_t address = copier->range->start + (page << copier->page_shift), size = 1ull << copier->page_shift;
+	uint32_t i = copier->count;
+	if (!bytes) {
+		if (!copier->frames[i])
+			copier->frames[i] = pmc_frame_alloc(copier->page_shift);
+		if (!copier->frames[i])
+			return -ENOMEM;
+		bytes = copier->frames[i]->bytes;
+	}
+	struct iovec *last = copier->pieces ? &copier->remote[copier->pieces - 1] : NULL;
+	if (last && (uint64_t)(uintptr_t)last->iov_base + last->iov_len == address)
+		last->iov_len += size;
+	else
+		copier->remote[copier->pieces++] = (struct iovec){ (void *)(uintptr_t)address, size };
+	copier->local[i] = (struct iovec){ bytes, size };
+	copier->pages[i] = page;
+	copier->content[i] = PMC_HELD;
+	copier->count++;
+	return copier->count == BATCH ? flush(copier) : 0;
+}
+
+// ---- What holds anything ------------------------------------------------------------------------------------
+
+// An empty page that is write-protected shows as a swapped one. Where there is no swap, and nothing is in memory, it is that.
+static void look_for_marks(struct copier *copier, uint64_t start, uint64_t count, unsigned char *known)
+{
+	const uint64_t *words = copier->tracker->words;
+	const uint64_t marked = PM_WORD_SWAPPED | PM_WORD_UFFD_WP;
+	bool asked = false;
+	for (uint64_t i = 0; i < count && !copier->swap; i++) {
+		if ((words[i] & (marked | PM_WORD_PRESENT)) != marked)
+			continue;
+		// A page that is being moved is neither present nor empty; mincore(2) knows it.
+		if (!asked && mincore((void *)(uintptr_t)start, count << copier->page_shift, copier->resident))
+			return;
+		asked = true;
+		if (!(copier->resident[i] & 1))
+			known[i] = IS_EMPTY;
+	}
+}
+
+// Finds out which of *count* pages hold anything, by their words, without populating one.
+static int look(struct copier *copier, uint64_t start, uint64_t count)
+{
+	struct pmc_tracker *tracker = copier->tracker;
+	uint32_t shift = copier->page_shift;
+	uint64_t finish = start + (count << shift);
+	struct vma vma;
+
+	pmc_vmas_refresh(&tracker->vmas);
+	memset(copier->known, IS_NOT_THERE, count);
+	for (uint64_t pos = start; pos < finish; pos = vma.end) {
+		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
+		tracker->operation = "/proc/self/maps";
+		if (rc <= 0)
+			return rc;
+		if (vma.start >= finish)
+			return 0;
+		pos = max_u64(pos, vma.start);
+		uint64_t pages = (min_u64(vma.end, finish) - pos) >> shift;
+		unsigned char *known = copier->known + ((pos - start) >> shift);
+		memset(known, MAY_HOLD, pages);
+		// Of files and shared memory a word tells what this process has mapped, not what there is.
+		if (vma.kind != PMC_KIND_ANON)
+			continue;
+		tracker->operation = "/proc/self/pagemap";
+		rc = pmc_words_read(tracker->pagemap, pos, pages, shift, shift, tracker->words);
+		if (rc)
+			return rc;
+		for (uint64_t i = 0; i < pages; i++) {
+			uint64_t word = tracker->words[i];
+			if (word & PM_WORD_GUARD)
+				known[i] = IS_NOT_THERE;
+			else if (!(word & (PM_WORD_PRESENT | PM_WORD_SWAPPED)))
+				known[i] = IS_EMPTY;
+		}
+		look_for_marks(copier, pos, pages, known);
+	}
+	return 0;
+}
+
+static int restore_page(struct copier *copier, uint64_t page, unsigned char known)
+{
+	const unsigned char *bytes;
+	switch (pmc_image_at(copier->given, page, &bytes)) {
+	case PMC_HELD:
+		return add(copier, page, (void *)(uintptr_t)bytes);
+	case PMC_ZERO:
+		return known == IS_EMPTY ? 0 : add(copier, page, copier->zeros);
+	default:
+		return 0;
+	}
+}
+
+// A run of pages of which the same is known.
+static int run(struct copier *copier, uint64_t from, uint64_t to, unsigned char known)
+{
+	int rc = 0;
+	if (!copier->write && known != MAY_HOLD) {
+		rc = flush(copier);
+		return rc ? rc : copier->unread(copier, from, to, known == IS_EMPTY ? PMC_ZERO : PMC_MISSING);
+	}
+	for (uint64_t page = from; page < to && !rc; page++)
+		rc = copier->write ? restore_page(copier, page, known) : add(copier, page, NULL);
+	return rc;
+}
+
+static int copy_region(struct copier *copier, const struct page_region *region)
+{
+	int rc = 0;
+	for (uint64_t pos = region->start; pos < region->end && !rc;) {
+		uint64_t count = min_u64((region->end - pos) >> copier->page_shift, LOOK);
+		uint64_t first = page_index(copier->range, pos);
+		if (count >= LOOK_FROM)
+			rc = look(copier, pos, count);
+		else
+			memset(copier->known, MAY_HOLD, count);
+		for (uint64_t i = 0, to; i < count && !rc; i = to) {
+			for (to = i + 1; to < count && copier->known[to] == copier->known[i];)
+				to++;
+			rc = run(copier, first + i, first + to, copier->known[i]);
+		}
+		pos += count << copier->page_shift;
+	}
+	return rc;
+}
+
+// Begins a job, under the tracker's mutex.
+static int begin(struct copier **ret, struct pmc_range *range, struct pmc_result *result)
+{
+	struct sysinfo info;
+	int rc = pmc_enter_range(range);
+	if (rc)
+		return rc;
+	range->tracker->operation = "mmap";
+	struct copier *copier = pmc_pages_alloc(sizeof(*copier) + page_size_of(range->tracker));
+	if (!copier)
+		return pmc_leave(range->tracker, -ENOMEM, result);
+	copier->range = range;
+	copier->tracker = range->tracker;
+	copier->result = result;
+	copier->page_shift = range->tracker->page_shift;
+	copier->mem = -1;
+	copier->swap = sysinfo(&info) || info.totalswap;
+	*ret = copier;
+	return 0;
+}
+
+// Does it, and ends it.
+static int copy_regions(struct copier *copier, const struct page_region *regions, uint64_t count)
+{
+	struct pmc_tracker *tracker = copier->tracker;
+	struct pmc_result *result = copier->result;
+	int rc = 0;
+	for (uint64_t i = 0; i < count && !rc; i++)
+		rc = copy_region(copier, &regions[i]);
+	if (!rc)
+		rc = flush(copier);
+	for (uint32_t i = 0; i < BATCH; i++)
+		pmc_frame_put(copier->frames[i]);
+	if (copier->mem >= 0)
+		close(copier->mem);
+	pmc_pages_free(copier, sizeof(*copier) + page_size_of(tracker));
+	return pmc_leave(tracker, rc, result);
+}
+
+// ---- The three ----------------------------------------------------------------------------------------------------
+
+static int capture_unread(struct copier *copier, uint64_t from, uint64_t to, enum pmc_content content)
+{
+	return pmc_image_clear(copier->image, from, to, content);
+}
+
+static int capture_read(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame)
+{
+	if (content == PMC_HELD && pmc_is_zero((*frame)->bytes, copier->page_shift))
+		content = PMC_ZERO;
+	int rc = pmc_image_put(copier->image, page, content, *frame);
+	if (!rc && content == PMC_HELD)
+		*frame = NULL;
+	return rc;
+}
+
+int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct page_region *regions, uint64_t count,
+		struct pmc_result *result)
+{
+	struct copier *copier;
+	int rc = begin(&copier, range, result);
+	if (rc)
+		return rc;
+	copier->image = image;
+	copier->unread = capture_unread;
+	copier->read = capture_read;
+	return copy_regions(copier, regions, count);
+}
+
+int pmc_restore(struct pmc_range *range, const struct pmc_image *image, const struct page_region *regions,
+		uint64_t count, struct pmc_result *result)
+{
+	struct copier *copier;
+	int rc = begin(&copier, range, result);
+	if (rc)
+		return rc;
+	copier->given = image;
+	copier->write = true;
+	return copy_regions(copier, regions, count);
+}
+
+static int differs(struct copier *copier, uint64_t page)
+{
+	uint64_t address = copier->range->start + (page << copier->page_shift);
+	if (pmc_result_reserve(copier->result, 1))
+		return -ENOMEM;
+	pmc_result_append(copier->result, address, address + (1ull << copier->page_shift), PAGE_IS_WRITTEN,
+			  copier->page_shift);
+	return 0;
+}
+
+// Where an image has nothing, whatever is there now is right.
+static int compare_unread(struct copier *copier, uint64_t from, uint64_t to, enum pmc_content content)
+{
+	int rc = 0;
+	for (uint64_t page = from; page < to && !rc; page++) {
+		const unsigned char *bytes;
+		enum pmc_content wanted = pmc_image_at(copier->given, page, &bytes);
+		if (wanted != PMC_MISSING && (wanted != PMC_ZERO || content != PMC_ZERO))
+			rc = differs(copier, page);
+	}
+	return rc;
+}
+
+static int compare_read(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame)
+{
+	const unsigned char *bytes;
+	if (content == PMC_MISSING)
+		return compare_unread(copier, page, page + 1, content);
+	switch (pmc_image_at(copier->given, page, &bytes)) {
+	case PMC_HELD:
+		return memcmp((*frame)->bytes, bytes, 1ull << copier->page_shift) ? differs(copier, page) : 0;
+	case PMC_ZERO:
+		return pmc_is_zero((*frame)->bytes, copier->page_shift) ? 0 : differs(copier, page);
+	default:
+		return 0;
+	}
+}
+
+int pmc_compare(struct pmc_range *range, const struct pmc_image *image, const struct page_region *regions,
+		uint64_t count, struct pmc_result *result)
+{
+	struct copier *copier;
+	int rc = begin(&copier, range, result);
+	if (rc)
+		return rc;
+	copier->given = image;
+	copier->unread = compare_unread;
+	copier->read = compare_read;
+	result->walk_end = range->end;
+	return copy_regions(copier, regions, count);
+}

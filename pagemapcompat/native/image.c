@@ -1,0 +1,307 @@
+// Images: what memory held, page by page. Once made an image never changes, and images share whatever they have in common.
+//
+// A tree of nodes with 512 slots over the pages, as page tables are. Whoever changes a page copies the nodes above it that others
+// share, so a snapshot of a few written pages costs those pages and a few nodes, a page is found in as many steps as the tree has levels
+// however long the chain of snapshots is, and two images differ only where their slots do.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+#define SLOT_BITS 9
+#define SLOTS (1u << SLOT_BITS)
+
+struct node {
+	atomic_uint references;
+	void *slots[SLOTS]; // nodes, or on the lowest level frames; NULL: zero, MISSING: nothing there
+};
+
+struct pmc_image {
+	uint64_t pages;
+	uint32_t page_shift;
+	uint32_t levels;
+	uint64_t copied; // pages that were put into it
+	void *root;
+};
+
+static char missing;
+#define MISSING ((void *)&missing)
+
+static bool is_whole(const void *slot)
+{
+	return !slot || slot == MISSING;
+}
+
+struct frame *pmc_frame_alloc(uint32_t page_shift)
+{
+	struct frame *frame = malloc(sizeof(*frame) + (1ull << page_shift));
+	if (frame)
+		frame->references = 1;
+	return frame;
+}
+
+void pmc_frame_put(struct frame *frame)
+{
+	if (frame && atomic_fetch_sub(&frame->references, 1) == 1)
+		free(frame);
+}
+
+bool pmc_is_zero(const unsigned char *bytes, uint32_t page_shift)
+{
+	uint64_t first;
+	memcpy(&first, bytes, sizeof(first));
+	return !first && !memcmp(bytes, bytes + sizeof(first), (1ull << page_shift) - sizeof(first));
+}
+
+static void *hold(void *slot, uint32_t level)
+{
+	if (!is_whole(slot))
+		atomic_fetch_add(level ? &((struct node *)slot)->references : &((struct frame *)slot)->references, 1);
+	return slot;
+}
+
+static void let_go(void *slot, uint32_t level)
+{
+	if (is_whole(slot))
+		return;
+	if (!level) {
+		pmc_frame_put(slot);
+		return;
+	}
+	struct node *node = slot;
+	if (atomic_fetch_sub(&node->references, 1) != 1)
+		return;
+	for (uint32_t i = 0; i < SLOTS; i++)
+		let_go(node->slots[i], level - 1);
+	free(node);
+}
+
+// Makes the node in *slot* this image's alone, if its parents are. NULL: out of memory, nothing changed.
+static struct node *own(void **slot, uint32_t level)
+{
+	struct node *old = is_whole(*slot) ? NULL : *slot;
+	if (old && atomic_load(&old->references) == 1)
+		return old;
+	struct node *node = malloc(sizeof(*node));
+	if (!node)
+		return NULL;
+	node->references = 1;
+	for (uint32_t i = 0; i < SLOTS; i++)
+		node->slots[i] = old ? hold(old->slots[i], level - 1) : *slot;
+	let_go(old, level);
+	*slot = node;
+	return node;
+}
+
+// Puts *what* (a frame, taken over; NULL or MISSING) at a page. 0 or -ENOMEM, then it is still the caller's.
+static int put(struct pmc_image *image, uint64_t page, void *what)
+{
+	void **slot = &image->root;
+	for (uint32_t level = image->levels; level; level--) {
+		struct node *node = own(slot, level);
+		if (!node)
+			return -ENOMEM;
+		slot = &node->slots[page >> ((level - 1) * SLOT_BITS) & (SLOTS - 1)];
+	}
+	let_go(*slot, 0);
+	*slot = what;
+	image->copied += !is_whole(what);
+	return 0;
+}
+
+static void *get(const struct pmc_image *image, uint64_t page)
+{
+	void *slot = image->root;
+	for (uint32_t level = image->levels; level && !is_whole(slot); level--)
+		slot = ((struct node *)slot)->slots[page >> ((level - 1) * SLOT_BITS) & (SLOTS - 1)];
+	return slot;
+}
+
+int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint64_t pages)
+{
+	struct pmc_image *image = calloc(1, sizeof(*image));
+	if (!image)
+		return -ENOMEM;
+	image->pages = pages;
+	image->page_shift = pmc_page_shift();
+	while (image->levels * SLOT_BITS < 64 && (pages - 1) >> (image->levels * SLOT_BITS))
+		image->levels++;
+	if (base)
+		image->root = hold(base->root, image->levels);
+	*ret = image;
+	return 0;
+}
+
+void pmc_image_destroy(struct pmc_image *image)
+{
+	if (!image)
+		return;
+	let_go(image->root, image->levels);
+	free(image);
+}
+
+uint64_t pmc_image_copied(const struct pmc_image *image)
+{
+	return image->copied;
+}
+
+enum pmc_content pmc_image_at(const struct pmc_image *image, uint64_t page, const unsigned char **bytes)
+{
+	struct frame *frame = get(image, page);
+	if (frame == MISSING)
+		return PMC_MISSING;
+	*bytes = frame ? frame->bytes : NULL;
+	return frame ? PMC_HELD : PMC_ZERO;
+}
+
+// Whether a page that is zero or missing is so already. Most of what is not there never was, and needs no nodes.
+static int put_whole(struct pmc_image *image, uint64_t page, void *what)
+{
+	return get(image, page) == what ? 0 : put(image, page, what);
+}
+
+int pmc_image_put(struct pmc_image *image, uint64_t page, enum pmc_content content, struct frame *frame)
+{
+	if (content == PMC_MISSING)
+		return put_whole(image, page, MISSING);
+	if (content == PMC_ZERO)
+		return put_whole(image, page, NULL);
+	return put(image, page, frame);
+}
+
+// Puts *what* at all pages [from, to) below *slot*, whose first page is *first*: whole slots at once.
+static int fill(void **slot, uint32_t level, uint64_t first, uint64_t from, uint64_t to, void *what)
+{
+	uint64_t size = 1ull << (level * SLOT_BITS);
+	if (from <= first && first + size <= to) {
+		let_go(*slot, level);
+		*slot = what;
+		return 0;
+	}
+	if (*slot == what)
+		return 0;
+	struct node *node = own(slot, level);
+	if (!node)
+		return -ENOMEM;
+	size >>= SLOT_BITS;
+	for (uint64_t i = (max_u64(from, first) - first) / size; i < SLOTS && first + i * size < to; i++) {
+		int rc = fill(&node->slots[i], level - 1, first + i * size, from, to, what);
+		if (rc)
+			return rc;
+	}
+	return 0;
+}
+
+int pmc_image_clear(struct pmc_image *image, uint64_t from, uint64_t to, enum pmc_content content)
+{
+	// The last slots of a tree have more room than the image has pages; nobody asks for what is there.
+	return from < to ? fill(&image->root, image->levels, 0, from, to, content == PMC_MISSING ? MISSING : NULL) : 0;
+}
+
+int pmc_image_miss(struct pmc_image *image, uint64_t first, uint64_t count)
+{
+	return pmc_image_clear(image, first, first + count, PMC_MISSING);
+}
+
+int pmc_image_load(struct pmc_image *image, uint64_t first, uint64_t count, const unsigned char *bytes)
+{
+	uint64_t size = 1ull << image->page_shift;
+	for (uint64_t i = 0; i < count; i++, bytes += size) {
+		struct frame *frame = NULL;
+		if (!pmc_is_zero(bytes, image->page_shift)) {
+			frame = pmc_frame_alloc(image->page_shift);
+			if (!frame)
+				return -ENOMEM;
+			memcpy(frame->bytes, bytes, size);
+		}
+		if (put(image, first + i, frame)) {
+			pmc_frame_put(frame);
+			return -ENOMEM;
+		}
+	}
+	return 0;
+}
+
+void pmc_image_read(const struct pmc_image *image, uint64_t first, uint64_t count, unsigned char *ret)
+{
+	uint64_t size = 1ull << image->page_shift;
+	const unsigned char *bytes;
+	for (uint64_t i = 0; i < count; i++, ret += size)
+		if (pmc_image_at(image, first + i, &bytes) == PMC_HELD)
+			memcpy(ret, bytes, size);
+		else
+			memset(ret, 0, size);
+}
+
+// ---- Walks ----------------------------------------------------------------------------------------------------
+
+struct walk {
+	const struct pmc_image *image;
+	struct pmc_result *result;
+	uint64_t base; // the address of page 0
+	uint64_t want; // for lists: categories to return
+};
+
+static int found(const struct walk *walk, uint64_t from, uint64_t to, uint64_t categories)
+{
+	to = min_u64(to, walk->image->pages);
+	if (from >= to)
+		return 0;
+	if (pmc_result_reserve(walk->result, 1))
+		return -ENOMEM;
+	uint32_t shift = walk->image->page_shift;
+	pmc_result_append(walk->result, walk->base + (from << shift), walk->base + (to << shift), categories, shift);
+	return 0;
+}
+
+static int list(const struct walk *walk, void *slot, uint32_t level, uint64_t first)
+{
+	uint64_t size = 1ull << (level * SLOT_BITS);
+	if (!slot || first >= walk->image->pages)
+		return 0;
+	if (slot == MISSING || !level) {
+		uint64_t category = slot == MISSING ? PMC_LIST_MISSING : PMC_LIST_HELD;
+		return category & walk->want ? found(walk, first, first + size, category) : 0;
+	}
+	int rc = 0;
+	for (uint32_t i = 0; i < SLOTS && !rc; i++)
+		rc = list(walk, ((struct node *)slot)->slots[i], level - 1, first + i * (size >> SLOT_BITS));
+	return rc;
+}
+
+int pmc_image_list(const struct pmc_image *image, uint64_t base, uint64_t categories, struct pmc_result *result)
+{
+	struct walk walk = { image, result, base, categories };
+	int rc = list(&walk, image->root, image->levels, 0);
+	result->walk_end = base + (image->pages << image->page_shift);
+	return rc;
+}
+
+static int diff(const struct walk *walk, void *a, void *b, uint32_t level, uint64_t first)
+{
+	uint64_t size = 1ull << (level * SLOT_BITS);
+	if (a == b || first >= walk->image->pages)
+		return 0;
+	if (is_whole(a) && is_whole(b))
+		return found(walk, first, first + size, PAGE_IS_WRITTEN);
+	if (!level) {
+		bool equal = !is_whole(a) && !is_whole(b) &&
+			     !memcmp(((struct frame *)a)->bytes, ((struct frame *)b)->bytes, 1ull << walk->image->page_shift);
+		return equal ? 0 : found(walk, first, first + 1, PAGE_IS_WRITTEN);
+	}
+	int rc = 0;
+	for (uint32_t i = 0; i < SLOTS && !rc; i++)
+		rc = diff(walk, is_whole(a) ? a : ((struct node *)a)->slots[i],
+			  is_whole(b) ? b : ((struct node *)b)->slots[i], level - 1, first + i * (size >> SLOT_BITS));
+	return rc;
+}
+
+int pmc_image_diff(const struct pmc_image *a, const struct pmc_image *b, uint64_t base, struct pmc_result *result)
+{
+	struct walk walk = { a, result, base, 0 };
+	int rc = diff(&walk, a->root, b->root, a->levels, 0);
+	result->walk_end = base + (a->pages << a->page_shift);
+	return rc;
+}

@@ -1,0 +1,233 @@
+"""Snapshots of tracked memory: later ones copy, and restores write, only the pages that were written."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from typing import TYPE_CHECKING, SupportsIndex
+
+from pagemapcompat import _kernel
+from pagemapcompat.abi import Guarantee
+from pagemapcompat.errors import ClosedError, ConcurrentWriteError, InvalidArgumentError, RestoreError
+from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size
+from pagemapcompat.pagemap import ScanResult
+
+if TYPE_CHECKING:
+    from pagemapcompat.backends import Attached, Backend
+
+
+class Snapshot:
+    """What tracked memory held. Made by `TrackedRange.snapshot`.
+
+    A value: it never changes, stays good when the tracker is closed, and any thread may read it. Snapshots share the
+    pages that they have in common, so that one costs what was written since the one before it, and a few hundred bytes
+    for each 2 MiB in which anything was. Guard pages and holes are not held, and a restore leaves them alone.
+
+    Attributes:
+        range: Where the memory lay.
+
+        pages: How many pages it copied: those that are held by it and not by its parent.
+    """
+
+    def __init__(
+        self, image: _kernel.ImageHandle, where: AddressRange, length: int, parent: Snapshot | None = None
+    ) -> None:
+        self._image: _kernel.ImageHandle | None = image
+        self._parent = parent
+        self._length = length
+        self.range: AddressRange = where
+        self.pages: int = _kernel.image_copied(image)
+
+    def __repr__(self) -> str:
+        """For people."""
+        return f"<Snapshot of {self.range}: {self.pages} pages{'' if self._image else ', dropped'}>"
+
+    def __len__(self) -> int:
+        """Bytes of memory, as its owner saw it."""
+        return self._length
+
+    @property
+    def image(self) -> _kernel.ImageHandle:
+        """The C core's side of it.
+
+        Raises:
+            ClosedError: It was dropped.
+        """
+        if self._image is None:
+            raise ClosedError(f"{self!r} cannot be used").with_hint("take another snapshot; drop() ends one for good")
+        return self._image
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether it was dropped."""
+        return self._image is None
+
+    @property
+    def parent(self) -> Snapshot | None:
+        """The snapshot that memory was equal to before this one, or the nearest one before that still there."""
+        if self._parent is not None and self._parent.is_dropped:
+            self._parent = self._parent.parent
+        return self._parent
+
+    def drop(self) -> None:
+        """Free the pages that no other snapshot holds. Those after it stay what they are. Idempotent."""
+        self._image = None
+        self._parent = self.parent
+
+    def squash(self) -> None:
+        """Drop everything before it: it becomes the first of its chain."""
+        parent = self.parent
+        while parent is not None:
+            parent.drop()
+            parent = parent.parent
+        self._parent = None
+
+    def diff(self, other: Snapshot) -> ScanResult:
+        """Return the pages whose content differs; pages that only one of them holds, too.
+
+        Raises:
+            InvalidArgumentError: They are of different sizes.
+
+            ClosedError: One of them was dropped.
+
+        Cost: what differs, not what there is.
+        """
+        self.check_fits(len(other))
+        return self._result(_kernel.image_diff(self.image, other.image, self.range.start))
+
+    def missing(self) -> ScanResult:
+        """Return the guard pages and holes, which it does not hold."""
+        return self._result(_kernel.image_list(self.image, self.range.start, _kernel.LIST_MISSING))
+
+    def held(self) -> ScanResult:
+        """Return the pages that are not all zeros."""
+        return self._result(_kernel.image_list(self.image, self.range.start, _kernel.LIST_HELD))
+
+    def read(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> bytes:
+        """Copy out the bytes from *start* to *stop*, any offsets. Guard pages and holes read as zeros.
+
+        Raises:
+            InvalidArgumentError: An offset lies outside of the memory.
+
+            ClosedError: It was dropped.
+        """
+        first = operator.index(start)
+        last = self._length if stop is None else operator.index(stop)
+        if not 0 <= first <= last <= self._length:
+            raise InvalidArgumentError(f"start={first}, stop={last} are no part of {self._length} bytes").with_hint(
+                "offsets count from the start of the memory; stop is exclusive"
+            )
+        if first == last:
+            return b""
+        page = first >> PAGE_SHIFT
+        content = _kernel.image_read(self.image, page, -(-last >> PAGE_SHIFT) - page)
+        at = first - (page << PAGE_SHIFT)
+        return bytes(memoryview(content)[at : at + last - first])
+
+    def check_fits(self, length: int) -> None:
+        """Refuse to be compared with, or restored into, memory of another size."""
+        if length != self._length:
+            raise InvalidArgumentError(f"a snapshot of {self._length} bytes does not fit {length} bytes").with_hint(
+                "snapshots fit memory of the same length"
+            )
+
+    def _result(self, result: _kernel.Result) -> ScanResult:
+        return ScanResult(result, self.range, self.range.start, self._length)
+
+
+class History:
+    """Makes the snapshots of one tracked range, and restores them.
+
+    It has a cursor of its own and knows one image that memory was last equal to: memory differs from it in what the
+    cursor has, and from any other image in that and in what differs between the two. Pages that were written back
+    stay written for everybody else. Any thread may call; one call at a time.
+    """
+
+    def __init__(self, backend: Backend, attached: Attached, *, rearm: bool) -> None:
+        self._backend = backend
+        self._attached = attached
+        self._rearm = rearm
+        self._lock = threading.Lock()
+        self._cursor: Attached | None = None
+        self._image: _kernel.ImageHandle | None = None
+        self._at: Snapshot | None = None
+
+    def snapshot(self) -> Snapshot:
+        """See `TrackedRange.snapshot`."""
+        with self._lock:
+            on = self._watched()
+            pages = self._backend.take(on, rearm=self._rearm)
+            try:
+                image = _kernel.image_create(on.range.length // page_size(), self._image)
+                self._backend.capture(on, image, pages if self._image else _everything(on.range))
+                at = self._at
+                parent = at.parent if at is not None and at.is_dropped else at
+                made = Snapshot(image, on.range, on.length, parent)
+                # In this order: an interrupt in between makes pages come once too often, not once too seldom.
+                self._image, self._at = image, made
+            except BaseException:
+                _kernel.owe(pages)
+                raise
+            pages.c.delivered = 1
+            return made
+
+    def restore(self, snapshot: Snapshot, *, verify: bool) -> ScanResult:
+        """See `TrackedRange.restore`."""
+        snapshot.check_fits(self._attached.length)
+        image = snapshot.image
+        with self._lock:
+            on = self._watched()
+            stale = self._stale(on, image)
+            self._backend.write_back(on, image, stale)
+            pages = self._backend.take(on, rearm=self._rearm)
+            try:
+                # Protected again, pages show who writes from now on; who wrote until then is shown by what they hold.
+                touched = stale if stale.words() == pages.words() else _kernel.unite(stale, pages)
+                self._check(ConcurrentWriteError, on, image, touched)
+                self._image, self._at = image, snapshot
+            except BaseException:
+                _kernel.owe(pages)
+                raise
+            pages.c.delivered = 1
+            if verify:
+                self._image = None  # whatever was found, unless nothing is
+                self._check(RestoreError, on, image, _everything(on.range))
+                self._image = image
+            return ScanResult(stale, on.range, on.range.start, on.length)
+
+    def _watched(self) -> Attached:
+        if self._cursor is None:
+            self._cursor = self._backend.attach_cursor(self._attached, rearm=self._rearm)
+        return self._cursor
+
+    def _stale(self, on: Attached, image: _kernel.ImageHandle) -> _kernel.Result:
+        """The pages in which memory may differ from *image*."""
+        if self._image is None:
+            return self._backend.differing(on, image, _everything(on.range))
+        written = self._backend.written(on)
+        if self._image is image:
+            return written
+        other = _kernel.image_diff(self._image, image, on.range.start)
+        if Guarantee.NO_HELPER_THREAD not in on.guarantees:
+            # One call a run is cheaper than one fault a page.
+            for start, end, _ in other.triples():
+                self._backend.disengage_wp(on, _grown(start, end, on))
+        return _kernel.unite(written, other)
+
+    def _check(
+        self, error: type[RestoreError], on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result
+    ) -> None:
+        differing = self._backend.differing(on, image, pages)
+        if not differing.c.count:
+            return
+        result = ScanResult(differing, on.range, on.range.start, on.length)
+        raise error.of(result)
+
+
+def _everything(where: AddressRange) -> _kernel.Result:
+    return _kernel.Result.of(where.start, where.end)
+
+
+def _grown(start: int, end: int, on: Attached) -> AddressRange:
+    size = on.granularity
+    return AddressRange(start // size * size, -(-end // size) * size)
