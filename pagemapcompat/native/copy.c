@@ -17,7 +17,6 @@
 
 #define BATCH 128 // pages of one process_vm_readv
 #define LOOK_FROM 16 // pages of a region from which on it pays to ask first which of them hold anything
-#define LOOK 4096 // pages that are asked about at once
 
 // What is known of a page before it is read.
 enum { MAY_HOLD, IS_EMPTY, IS_NOT_THERE };
@@ -43,8 +42,8 @@ struct copier {
 	uint64_t pages[BATCH];
 	enum pmc_content content[BATCH];
 	struct frame *frames[BATCH];
-	unsigned char known[LOOK];
-	unsigned char resident[LOOK];
+	unsigned char known[PMC_WORDS];
+	unsigned char resident[PMC_WORDS];
 	unsigned char zeros[]; // a page
 };
 
@@ -248,7 +247,7 @@ static int copy_region(struct copier *copier, const struct page_region *region)
 {
 	int rc = 0;
 	for (uint64_t pos = region->start; pos < region->end && !rc;) {
-		uint64_t count = min_u64((region->end - pos) >> copier->page_shift, LOOK);
+		uint64_t count = min_u64((region->end - pos) >> copier->page_shift, PMC_WORDS);
 		uint64_t first = page_index(copier->range, pos);
 		if (count >= LOOK_FROM)
 			rc = look(copier, pos, count);
