@@ -166,7 +166,7 @@ static void look_for_marks(struct copier *copier, uint64_t start, uint64_t count
 	const uint64_t marked = PM_WORD_SWAPPED | PM_WORD_UFFD_WP;
 	bool asked = false;
 	for (uint64_t i = 0; i < count && !copier->swap; i++) {
-		if ((words[i] & (marked | PM_WORD_PRESENT)) != marked)
+		if ((words[i] & (marked | PM_WORD_PRESENT | PM_WORD_GUARD)) != marked)
 			continue;
 		// A page that is being moved is neither present nor empty; mincore(2) knows it.
 		if (!asked && mincore((void *)(uintptr_t)start, count << copier->page_shift, copier->resident))

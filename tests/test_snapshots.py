@@ -1,0 +1,532 @@
+"""Snapshots: what memory was, it is again; and nobody's write is lost by it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import mmap
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from children import Crew, in_child, memory_of, resources
+from conftest import PAGE, PRIVATE, Flavour, libc, need, need_shared, pages_of, part, private, write
+
+from pagemapcompat import (
+    AddressRange,
+    ClosedError,
+    ConcurrentWriteError,
+    DirtyTracker,
+    Feature,
+    InvalidArgumentError,
+    KernelError,
+    NotTrackedError,
+    RestoreError,
+    Snapshot,
+    TrackedRange,
+)
+
+pytestmark = pytest.mark.kernel
+
+PAGES = 96
+
+
+def scribble(memory: mmap.mmap, dice: random.Random, count: int) -> set[int]:
+    """Store random bytes into random pages, and return them."""
+    pages = {dice.randrange(len(memory) // PAGE) for _ in range(count)}
+    for page in pages:
+        at = page * PAGE + dice.randrange(PAGE)
+        memory[at] = (memory[at] + 1 + dice.randrange(255)) % 256
+    return pages
+
+
+def peeked(where: AddressRange) -> bytes:
+    """The bytes at an address."""
+    return ctypes.string_at(where.start, where.length)
+
+
+@pytest.mark.parametrize("kind", ["private", "shared"])
+def test_memory_is_what_it_was(tracker: DirtyTracker, kind: str) -> None:
+    """From any snapshot to any other, again and again; and only pages that may differ are written."""
+    memory = memory_of(kind, PAGES)
+    dice = random.Random(3)
+    scribble(memory, dice, 50)
+    ram = tracker.track(memory)
+    snapshots = [ram.snapshot()]
+    contents = [memory[:]]
+    for _ in range(5):
+        written = scribble(memory, dice, 9)
+        snapshots.append(ram.snapshot())
+        contents.append(memory[:])
+        assert snapshots[-1].parent is snapshots[-2]
+        assert snapshots[-1].pages == len(written)
+    assert [one.read() for one in snapshots] == contents
+    at = len(snapshots) - 1
+    for _ in range(25):
+        written = scribble(memory, dice, dice.randrange(5))
+        to = dice.randrange(len(snapshots))
+        expected = written | pages_of(snapshots[at].diff(snapshots[to]))
+        result = ram.restore(snapshots[to], verify=True)
+        assert memory[:] == contents[to]
+        assert pages_of(result) == expected
+        at = to
+    assert pages_of(ram.restore(snapshots[at])) == set()
+
+
+def test_branches(tracker: DirtyTracker) -> None:
+    """A snapshot after a restore is the child of what was restored."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    root = ram.snapshot()
+    write(memory, 1, 2)
+    left = ram.snapshot()
+    ram.restore(root)
+    write(memory, 2, 3)
+    right = ram.snapshot()
+    assert (left.parent, right.parent, root.parent) == (root, root, None)
+    assert pages_of(left.diff(right)) == {1, 3}  # page 2 holds the same in both
+    assert list(left.diff(right).spans()) == [(PAGE, 2 * PAGE), (3 * PAGE, 4 * PAGE)]
+    assert pages_of(right.diff(root)) == {2, 3}
+    assert pages_of(root.diff(root)) == set()
+    assert pages_of(ram.restore(left)) == {1, 2, 3} - ({2} - pages_of(right.diff(left)))
+    assert memory[:] == left.read()
+
+
+def test_other_readers_see_what_is_written_back(tracker: DirtyTracker) -> None:
+    """A restore is a write to everybody else, and a snapshot is none."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    screen = ram.cursor()
+    first = ram.snapshot()
+    written = write(memory, 4, 9)
+    assert pages_of(screen.collect()) == written
+    ram.snapshot()
+    assert pages_of(screen.collect()) == set()
+    ram.restore(first)
+    assert pages_of(screen.collect()) == written
+    assert pages_of(ram.collect()) == written
+
+
+def test_pages_that_another_reader_collected(flavour: Flavour) -> None:
+    """They are protected again when they are written back, also where the kernel's faults cannot be resolved."""
+
+    def scenario() -> None:
+        with flavour.tracker() as tracker:
+            memory = private(PAGES)
+            ram = tracker.track(memory)
+            write(memory, *range(PAGES))
+            first = ram.snapshot()
+            before = memory[:]
+            written = write(memory, 0, 3, 4, 5, 50)
+            assert pages_of(ram.collect()) >= written
+            assert pages_of(ram.restore(first, verify=True)) == written
+            assert memory[:] == before
+            assert pages_of(ram.collect()) == written
+
+    in_child(scenario)
+
+
+def test_without_privileges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with a userfaultfd that resolves no fault of the kernel's: read(2) fails there, a restore does not."""
+    flavour = Flavour("user-mode-only", "uffd-wp", ("uffd-syscall", "uffd-device"))
+    need(Feature.UFFD_USER_MODE_ONLY)
+    monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", ",".join(flavour.disabled))
+    test_pages_that_another_reader_collected(flavour)
+
+
+def test_a_chain_forgets(tracker: DirtyTracker) -> None:
+    """drop frees one, squash all before it; the others stay what they are."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    chain: list[Snapshot] = []
+    contents: list[bytes] = []
+    for number in range(6):
+        write(memory, number, 50)
+        chain.append(ram.snapshot())
+        contents.append(memory[:])
+    chain[2].drop()
+    chain[2].drop()
+    assert chain[3].parent is chain[1]
+    with pytest.raises(ClosedError, match="dropped"):
+        chain[2].read()
+    with pytest.raises(ClosedError):
+        ram.restore(chain[2])
+    with pytest.raises(ClosedError):
+        chain[3].diff(chain[2])
+    chain[4].squash()
+    assert chain[4].parent is None
+    assert [one.is_dropped for one in chain] == [True, True, True, True, False, False]
+    assert chain[5].parent is chain[4]
+    chain[5].drop()  # the one that memory is equal to
+    ram.restore(chain[4], verify=True)
+    assert memory[:] == contents[4]
+    write(memory, 7)
+    assert ram.snapshot().parent is chain[4]
+
+
+def test_a_ring_of_snapshots_keeps_no_more_than_it_holds(tracker: DirtyTracker) -> None:
+    """As for rewinding: the oldest is dropped for each new one."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    ring: list[Snapshot] = []
+    for number in range(40):
+        write(memory, number % PAGES, 60)
+        ring.append(ram.snapshot())
+        if len(ring) > 4:
+            ring.pop(0).drop()
+    assert ring[0].parent is None
+    gc.collect()
+    assert sum(isinstance(one, Snapshot) and not one.is_dropped for one in gc.get_objects()) <= len(ring)
+    for one in ring:
+        ram.restore(one, verify=True)
+
+
+def test_protected_pages(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
+    """Whatever may be done with a page now: its content is saved, and comes back."""
+    place = area(32)
+    ram = tracker.track(place)
+    for page in range(32):
+        libc.fill(place.start + page * PAGE, PAGE, page + 1)
+    for page in range(0, 32, 4):
+        libc.mprotect(place.start + page * PAGE, PAGE, libc.PROT_NONE)
+        libc.mprotect(place.start + (page + 1) * PAGE, PAGE, libc.PROT_READ)
+    first = ram.snapshot()
+    assert first.pages == 32
+    assert first.missing().pages == 0
+    expected = b"".join(bytes([page + 1]) * PAGE for page in range(32))
+    assert first.read() == expected
+    libc.mprotect(place.start, place.length, libc.PROT_READ | libc.PROT_WRITE)
+    libc.fill(place.start, place.length, 99)
+    for page in range(0, 32, 3):
+        libc.mprotect(place.start + page * PAGE, PAGE, libc.PROT_NONE)
+        libc.mprotect(place.start + (page + 1) * PAGE, PAGE, libc.PROT_READ)
+    assert ram.restore(first, verify=True).pages == 32
+    libc.mprotect(place.start, place.length, libc.PROT_READ)
+    assert peeked(place) == expected
+
+
+def test_holes(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
+    """What was not there is not held, and left alone; what cannot be written any more is named."""
+    place = area(48)
+    libc.munmap(place.start + 8 * PAGE, 2 * PAGE)
+    ram = tracker.track(place)
+    libc.fill(place.start, PAGE, 1)
+    libc.fill(place.start + 20 * PAGE, 5 * PAGE, 2)
+    first = ram.snapshot()
+    assert list(first.missing().spans()) == [(8 * PAGE, 10 * PAGE)]
+    assert list(first.held().spans()) == [(0, PAGE), (20 * PAGE, 25 * PAGE)]
+    libc.fill(place.start, PAGE, 9)
+    ram.restore(first, verify=True)
+    assert peeked(part(ram, 0, 1)) == b"\1" * PAGE
+    libc.fill(place.start + 22 * PAGE, PAGE, 7)
+    libc.munmap(place.start + 22 * PAGE, PAGE)
+    libc.fill(place.start + 24 * PAGE, 1, 7)
+    with pytest.raises((KernelError, RestoreError)) as caught:
+        ram.restore(first, verify=True)
+    assert "hint" in "".join(getattr(caught.value, "__notes__", []))
+
+
+def test_guard_pages(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
+    """Skipped and remembered; a snapshot with content there cannot be restored until they are gone."""
+    need(Feature.MADV_GUARD, Feature.PAGEMAP_GUARD)
+    place = area(48)
+    ram = tracker.track(place)
+    libc.fill(place.start, place.length, 5)
+    whole = ram.snapshot()
+    libc.madvise(place.start + 4 * PAGE, PAGE, libc.GUARD_INSTALL)
+    libc.madvise(place.start + 20 * PAGE, 20 * PAGE, libc.GUARD_INSTALL)
+    guarded = ram.snapshot()
+    assert list(guarded.missing().spans()) == [(4 * PAGE, 5 * PAGE), (20 * PAGE, 40 * PAGE)]
+    libc.fill(place.start, PAGE, 6)
+    ram.restore(guarded, verify=True)
+    assert pages_of(whole.diff(guarded)) == {4, *range(20, 40)}
+    with pytest.raises(KernelError, match="cannot be written now") as caught:
+        ram.restore(whole)
+    assert caught.value.range == part(ram, 4, 1)
+    libc.madvise(place.start, place.length, libc.GUARD_REMOVE)
+    ram.restore(whole, verify=True)
+    assert peeked(place) == b"\5" * place.length
+
+
+def test_discarded_memory(tracker: DirtyTracker) -> None:
+    """It is zero in a snapshot, and is filled again by a restore."""
+    memory = private(PAGES)
+    write(memory, *range(PAGES))
+    ram = tracker.track(memory)
+    full = ram.snapshot()
+    before = memory[:]
+    memory.madvise(mmap.MADV_DONTNEED, 10 * PAGE, 40 * PAGE)
+    holey = ram.snapshot()
+    assert holey.held().pages == PAGES - 40
+    ram.restore(full, verify=True)
+    assert memory[:] == before
+    ram.restore(holey, verify=True)
+    assert memory[10 * PAGE : 50 * PAGE] == bytes(40 * PAGE)
+
+
+def test_empty_memory_stays_empty(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
+    """A reserve of which little is used costs what is used, in the snapshot and in the memory."""
+    with open("/proc/swaps", encoding="ascii") as swaps:
+        swap = len(swaps.readlines()) > 1
+    place = area(8192, libc.PROT_NONE)
+    used = part_of(place, 5000, 3)
+    libc.mprotect(used.start, used.length, libc.PROT_READ | libc.PROT_WRITE)
+    ram = tracker.track(place)
+    libc.fill(used.start, used.length, 8)
+    before = resident()
+    first = ram.snapshot()
+    assert first.pages == 3
+    if not swap:
+        assert resident() - before < 1024
+    libc.fill(used.start, 1, 1)
+    assert ram.restore(first, verify=True).pages == 1
+    assert peeked(used) == b"\x08" * used.length
+
+
+def part_of(place: AddressRange, first: int, count: int) -> AddressRange:
+    """Some pages of it."""
+    return AddressRange.from_length(place.start + first * PAGE, count * PAGE)
+
+
+def resident() -> int:
+    """Pages of this process that are in memory."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1])
+
+
+def test_files(tracker: DirtyTracker, tmp_path) -> None:
+    """A mapping's pages that nobody touched hold the file's content, not zeros."""
+    need_shared()
+    need(Feature.UFFD_WP_PRIVATE_FILE)
+    if "pagemap-scan" not in tracker.selection.chosen:
+        pytest.skip("uffd-wp cannot track files; remedy: the other backend")
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(1).randbytes(64 * PAGE))
+    with path.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 64 * PAGE, flags=mmap.MAP_PRIVATE)
+    ram = tracker.track(memory)
+    first = ram.snapshot()
+    assert first.read() == path.read_bytes()
+    write(memory, 1, 40)
+    assert pages_of(ram.restore(first, verify=True)) == {1, 40}
+    assert memory[:] == path.read_bytes()
+
+
+def test_an_odd_end(tracker: DirtyTracker) -> None:
+    """Memory that ends inside its last page."""
+    memory = mmap.mmap(-1, 3 * PAGE + 100, flags=PRIVATE)
+    ram = tracker.track(memory)
+    memory[-1] = 5
+    first = ram.snapshot()
+    assert len(first) == len(memory)
+    assert first.read() == memory[:]
+    assert first.read(3 * PAGE + 98, 3 * PAGE + 100) == b"\0\5"
+    assert first.read(PAGE - 1, PAGE + 1) == b"\0\0"
+    assert first.read(7, 7) == b""
+    memory[-1] = 6
+    assert list(ram.restore(first).spans()) == [(3 * PAGE, 3 * PAGE + 100)]
+    assert memory[-1] == 5
+
+
+@pytest.mark.parametrize("pages", [1, 2, 511, 512, 513])
+def test_sizes(tracker: DirtyTracker, pages: int) -> None:
+    """Trees of any height, and their borders."""
+    memory = private(pages)
+    ram = tracker.track(memory)
+    empty = ram.snapshot()
+    write(memory, 0, pages - 1)
+    full = ram.snapshot()
+    assert pages_of(full.held()) == {0, pages - 1}
+    assert pages_of(empty.held()) == set()
+    assert pages_of(empty.diff(full)) == {0, pages - 1}
+    ram.restore(empty, verify=True)
+    assert memory[:] == bytes(pages * PAGE)
+    ram.restore(full, verify=True)
+    assert memory[:] == full.read()
+
+
+def test_other_memory(tracker: DirtyTracker) -> None:
+    """A snapshot fits any memory of its length, whatever that holds."""
+    one, other, short = private(PAGES), private(PAGES), private(PAGES - 1)
+    write(one, 3, 4, 70)
+    write(other, 4, 5, 71)
+    snapshot = tracker.track(one).snapshot()
+    ram = tracker.track(other)
+    assert pages_of(ram.restore(snapshot, verify=True)) == {3, 5, 70, 71}
+    assert other[:] == one[:]
+    unlike = tracker.track(short)
+    with pytest.raises(InvalidArgumentError, match=f"{len(one)} bytes does not fit {len(short)}"):
+        unlike.restore(snapshot)
+    with pytest.raises(InvalidArgumentError):
+        snapshot.diff(unlike.snapshot())
+
+
+def test_offsets_outside(tracker: DirtyTracker) -> None:
+    """Named, with what is allowed."""
+    snapshot = tracker.track(private(2)).snapshot()
+    for start, stop in ((-1, None), (0, 2 * PAGE + 1), (5, 4)):
+        with pytest.raises(InvalidArgumentError, match=str(2 * PAGE)):
+            snapshot.read(start, stop)
+
+
+def test_values(tracker: DirtyTracker) -> None:
+    """They outlive what they were made of."""
+    memory = private(4)
+    write(memory, 2)
+    ram = tracker.track(memory)
+    snapshot = ram.snapshot()
+    content = memory[:]
+    ram.close()
+    tracker.close()
+    assert snapshot.read() == content
+    assert repr(snapshot) == f"<Snapshot of {ram.range}: 1 pages>"
+    with pytest.raises(ClosedError):
+        ram.snapshot()
+    with pytest.raises(ClosedError):
+        ram.restore(snapshot)
+
+
+def test_untracked_memory(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """No snapshot is made of memory that nobody watches, and no restore believed."""
+    with flavour.tracker() as tracker:
+        place = area(8)
+        ram = tracker.track(place)
+        libc.fill(place.start, place.length, 1)
+        first = ram.snapshot()
+        libc.mmap(PAGE, address=place.start + 3 * PAGE)
+        libc.fill(place.start + PAGE, 1, 2)
+        for call in (ram.snapshot, lambda: ram.restore(first)):
+            with pytest.raises(NotTrackedError) as caught:
+                call()
+            assert caught.value.range == part(ram, 3, 1)
+        ram.rearm()
+        second = ram.snapshot()
+        assert second.read() == peeked(place)
+        ram.restore(first, verify=True)
+        assert peeked(place) == b"\1" * place.length
+
+
+def test_interrupts(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whatever step one comes: the next restore and the next snapshot are right."""
+
+    class Interrupt(BaseException):
+        """Stands for KeyboardInterrupt."""
+
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    write(memory, *range(10))
+    first = ram.snapshot()
+    content = memory[:]
+    write(memory, 5, 20)
+    second = ram.snapshot()
+    later = memory[:]
+    backend = ram._backend
+    for name in ("take", "capture", "write_back", "differing", "written"):
+        for to, wanted in ((first, content), (second, later)):
+            for action in (ram.snapshot, lambda to=to: ram.restore(to)):
+                original = getattr(backend, name)
+
+                def interrupted(*arguments: Any, original: Any = original, **options: Any) -> None:
+                    original(*arguments, **options)
+                    raise Interrupt
+
+                write(memory, 6, 33)
+                with monkeypatch.context() as patch:
+                    patch.setattr(backend, name, interrupted)
+                    with contextlib.suppress(Interrupt):
+                        action()
+                write(memory, 7, 34)
+                third = ram.snapshot()
+                assert third.read() == memory[:]
+                ram.restore(to, verify=True)
+                assert memory[:] == wanted
+
+
+def test_writers_are_found_out(flavour: Flavour) -> None:
+    """A restore beside writers raises, or leaves nothing unseen: what differs from the snapshot is written since."""
+
+    def writer(memory: mmap.mmap, stop: threading.Event, seed: int) -> None:
+        dice = random.Random(seed)
+        while not stop.is_set():
+            memory[dice.randrange(len(memory))] = dice.randrange(256)
+
+    def scenario() -> None:
+        with flavour.tracker() as tracker:
+            memory = private(PAGES)
+            write(memory, *range(PAGES))
+            ram = tracker.track(memory)
+            first, content = ram.snapshot(), memory[:]
+            raised = 0
+            for number in range(4):
+                crew, stop = Crew(), threading.Event()
+                for seed in range(2):
+                    crew.add(writer, memory, stop, seed + 2 * number)
+                for _ in range(5):
+                    try:
+                        ram.restore(first)
+                    except ConcurrentWriteError as error:
+                        raised += 1
+                        assert error.differing is not None
+                        assert error.differing.pages
+                stop.set()
+                crew.join()
+                # What is not the snapshot's is known to be written.
+                known = pages_of(ram.restore(first))
+                assert memory[:] == content, known
+            assert raised
+
+    in_child(scenario)
+
+
+def test_threads(flavour: Flavour) -> None:
+    """Snapshots and restores from several threads are made one after the other."""
+
+    def work(ram: TrackedRange, seed: int, known: list[Snapshot]) -> None:
+        dice = random.Random(seed)
+        for _ in range(15):
+            if dice.randrange(3):
+                ram.restore(dice.choice(known))
+            else:
+                known.append(ram.snapshot())
+
+    def scenario() -> None:
+        with flavour.tracker() as tracker:
+            memory = private(PAGES)
+            ram = tracker.track(memory)
+            known: list[Snapshot] = []
+            for number in range(4):
+                write(memory, number, number + 10)
+                known.append(ram.snapshot())
+            crew = Crew()
+            for seed in range(3):
+                crew.add(work, ram, seed, known)
+            crew.join()
+            for one in known:
+                ram.restore(one, verify=True)
+                assert memory[:] == one.read()
+
+    in_child(scenario)
+
+
+def test_nothing_leaks(flavour: Flavour) -> None:
+    """Descriptors, threads and mappings are the same after many snapshots, restores, errors and drops."""
+
+    def scenario() -> None:
+        with flavour.tracker() as tracker:
+            memory = private(PAGES)
+            ram = tracker.track(memory)
+            write(memory, 1)
+            first = ram.snapshot()
+            before = resources()
+            for number in range(60):
+                write(memory, number % PAGES)
+                made = ram.snapshot()
+                ram.restore(first)
+                made.drop()
+            first.squash()
+            assert resources() == before
+
+    in_child(scenario)
