@@ -194,6 +194,12 @@ def fill_bitmap(result: Result, base: int, page_shift: int, out: Buffer) -> None
         lib.pmc_fill_bitmap(result.c.regions, result.c.count, base, page_shift, ffi.from_buffer(view))
 
 
+def fill_addresses(regions: Buffer, shift: int, step: int, out: Buffer) -> None:
+    """Store the address, plus *shift* modulo 2**64, of every *step* bytes of *regions*. *out* has room for all."""
+    given = ffi.from_buffer("struct page_region[]", regions)
+    lib.pmc_fill_addresses(given, len(given), shift % (1 << 64), step, ffi.from_buffer("uint64_t[]", out))
+
+
 # -- Single calls ----------------------------------------------------------------------------------------------
 
 
@@ -257,6 +263,11 @@ def maps_query(maps: int) -> int:
 def madvise(start: int, end: int, advice: int) -> int:
     """madvise(2): 0 or -errno."""
     return int(lib.pmc_madvise(start, end, advice))
+
+
+def mprotect(start: int, end: int, protection: int) -> int:
+    """mprotect(2): 0 or -errno."""
+    return int(lib.pmc_mprotect(start, end, protection))
 
 
 def mremap_pages(start: int, to: int, length: int) -> int:

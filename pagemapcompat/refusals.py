@@ -9,26 +9,29 @@ from pagemapcompat.errors import AlignmentError, NotTrackableError
 from pagemapcompat.memory import AddressRange, page_size
 
 
-def _mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
+def mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
     """(range, permissions, path) of every mapping that touches *memory*."""
     found = []
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         for line in maps:
-            addresses, permissions, _, _, _, *path = line.rstrip("\n").split(None, 5)
-            start, end = (int(part, 16) for part in addresses.split("-"))
-            if start < memory.end and memory.start < end:
-                found.append((AddressRange(start, end), permissions, path[0] if path else ""))
+            start, end = (int(part, 16) for part in line.partition(" ")[0].split("-"))
+            if end <= memory.start:
+                continue
+            if start >= memory.end:
+                break
+            _, permissions, _, _, _, *path = line.rstrip("\n").split(None, 5)
+            found.append((AddressRange(start, end), permissions, path[0] if path else ""))
     return found
 
 
 def raise_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn:
     """Look at the mappings in *memory*, and raise what fits the first that *backend* cannot have."""
-    mappings = _mappings(memory)
-    if not mappings:
+    found = mappings(memory)
+    if not found:
         raise NotTrackableError.make(
             EINVAL, operation, f"nothing is mapped in {memory}", range=memory, hint="map it first, if only as PROT_NONE"
         )
-    for mapping, permissions, path in mappings:
+    for mapping, permissions, path in found:
         huge = _huge_page_size(mapping)
         if huge > page_size() and (memory.start % huge or memory.end % huge):
             error = AlignmentError(f"{memory} begins or ends inside a huge page of {mapping} ({huge} bytes)")

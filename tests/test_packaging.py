@@ -48,6 +48,7 @@ LAYERS = (
     {"backends"},
     {"cursors", "selection", "snapshots"},
     {"tracker"},
+    {"writewatch"},
     {"__init__"},
     {"cli_formats", "cli_streams"},
     {"cli_scan", "cli_selftest"},

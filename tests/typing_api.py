@@ -45,6 +45,14 @@ from pagemapcompat import (
     page_size,
     probe,
 )
+from pagemapcompat.writewatch import (
+    WRITE_WATCH_FLAG_RESET,
+    WRITE_WATCH_GRANULARITY,
+    Win32Error,
+    WriteWatch,
+    WriteWatchAnswer,
+    WrittenAddresses,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -168,6 +176,26 @@ def snapshots(ram: TrackedRange) -> Snapshot | None:
     first.squash()
     first.drop()
     return first.parent
+
+
+def watch_writes(ram: TrackedRange) -> int:
+    """Windows' calls."""
+    with WriteWatch(ram, base=16 * WRITE_WATCH_GRANULARITY) as watch, WriteWatch(ram):
+        watch.commit(watch.base, watch.size, mmap.PROT_READ)
+        watch.mark_written(watch.base, 100)
+        written = watch.get(watch.base, None, count=5, reset=True)
+        addresses: Sequence[int] = written
+        assert_type(written, WrittenAddresses)
+        assert_type((written[0], written[1:], written.complete), tuple[int, list[int], bool])
+        assert_type(written.as_u64(), memoryview[int])
+        assert_type(written.packed(4), bytes)
+        watch.reset()
+        watch.decommit(watch.base, watch.size)
+        answer = watch.get_write_watch(WRITE_WATCH_FLAG_RESET, watch.base, watch.size, 0x5000, 8, None)
+        assert_type(answer, WriteWatchAnswer)
+        assert_type((answer.error, answer.addresses), tuple[Win32Error, WrittenAddresses])
+        assert_type((answer.count, answer.granularity), tuple[int | None, int | None])
+        return watch.reset_write_watch(watch.base, watch.size).status + len(addresses)
 
 
 def fail(ram: TrackedRange) -> str | None:

@@ -158,3 +158,11 @@ void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t
 			bits[from / 8] |= (unsigned char)(1u << (from % 8));
 	}
 }
+
+void pmc_fill_addresses(const struct page_region *regions, uint64_t count, uint64_t shift, uint64_t step,
+			uint64_t *addresses)
+{
+	for (uint64_t i = 0; i < count; i++)
+		for (uint64_t at = regions[i].start; at < regions[i].end; at += step)
+			*addresses++ = at + shift;
+}

@@ -105,6 +105,8 @@ int pmc_pagemap_scan(int pagemap, struct pm_scan_arg *arg);
 int pmc_maps_query(int maps);
 // madvise(2), by number: the C library's headers lack the newer ones.
 int pmc_madvise(uint64_t start, uint64_t end, int advice);
+// mprotect(2): 0 or -errno.
+int pmc_mprotect(uint64_t start, uint64_t end, int protection);
 // mremap(2) that moves the pages of private anonymous memory over whatever is at *to*, and leaves the mapping where it was.
 int pmc_mremap_pages(uint64_t from, uint64_t to, uint64_t length);
 
@@ -213,5 +215,8 @@ int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, cons
 // Sets bit (page - base) of *bits*, least significant first, for each page of *regions*.
 void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t base, uint32_t page_shift,
 		     unsigned char *bits);
+// Stores the address, plus *shift* modulo 2**64, of every *step* bytes of *regions*.
+void pmc_fill_addresses(const struct page_region *regions, uint64_t count, uint64_t shift, uint64_t step,
+			uint64_t *addresses);
 
 #endif

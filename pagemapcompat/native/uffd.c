@@ -109,6 +109,11 @@ int pmc_madvise(uint64_t start, uint64_t end, int advice)
 	return madvise((void *)(uintptr_t)start, end - start, advice) ? -errno : 0;
 }
 
+int pmc_mprotect(uint64_t start, uint64_t end, int protection)
+{
+	return mprotect((void *)(uintptr_t)start, end - start, protection) ? -errno : 0;
+}
+
 // One mapping after the other: what kernels before 6.4 need (a1b92a3f1498 let one call span mappings), and what finds the
 // culprit on any. They refuse also a mapping that was split since it was read, which another thread's mprotect may do again
 // and again; so a refusal is tried anew with what is mapped now, then with half as much. A page is never split: refused again,
