@@ -25,6 +25,7 @@ from pagemapcompat.errors import ConcurrentWriteError as ConcurrentWriteError
 from pagemapcompat.errors import FaultThreadError as FaultThreadError
 from pagemapcompat.errors import InvalidArgumentError as InvalidArgumentError
 from pagemapcompat.errors import KernelError as KernelError
+from pagemapcompat.errors import MissingPackageError as MissingPackageError
 from pagemapcompat.errors import NotTrackableError as NotTrackableError
 from pagemapcompat.errors import NotTrackedError as NotTrackedError
 from pagemapcompat.errors import PagemapCompatError as PagemapCompatError
@@ -66,6 +67,7 @@ __all__ = [
     "InvalidArgumentError",
     "KernelError",
     "Limits",
+    "MissingPackageError",
     "NotTrackableError",
     "NotTrackedError",
     "PageCategory",

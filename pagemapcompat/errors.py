@@ -83,6 +83,10 @@ class ConcurrentWriteError(RestoreError):
     _hint = "stop the writers, then restore again"
 
 
+class MissingPackageError(PagemapCompatError, ImportError):
+    """An optional package is not installed. The hint names the extra that brings it."""
+
+
 class SnapshotFileError(PagemapCompatError, ValueError):
     """A file is no snapshot, is of another version or kind of machine, or was truncated or altered."""
 

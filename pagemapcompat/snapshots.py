@@ -6,7 +6,7 @@ import operator
 import threading
 from typing import TYPE_CHECKING, SupportsIndex
 
-from pagemapcompat import _kernel
+from pagemapcompat import _kernel, snapshot_files
 from pagemapcompat.abi import Guarantee
 from pagemapcompat.errors import ClosedError, ConcurrentWriteError, InvalidArgumentError, RestoreError
 from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Snapshot:
-    """What tracked memory held. Made by `TrackedRange.snapshot`.
+    """What tracked memory held. Made by `TrackedRange.snapshot`, or `load`.
 
     A value: it never changes, stays good when the tracker is closed, and any thread may read it. Snapshots share the
     pages that they have in common, so that one costs what was written since the one before it, and a few hundred bytes
@@ -123,6 +123,51 @@ class Snapshot:
         content = _kernel.image_read(self.image, page, -(-last >> PAGE_SHIFT) - page)
         at = first - (page << PAGE_SHIFT)
         return bytes(memoryview(content)[at : at + last - first])
+
+    def save(self, path: snapshot_files.StrPath, *, compression: snapshot_files.Compression | None = None) -> None:
+        """Write it to a file, which any process may `load` on a machine with the same page size.
+
+        The file at *path* is the old one or the whole new one, also after a crash of the machine; when this returns it
+        is the new one, on the disk. A symbolic link is replaced, not followed. Its mode is a new file's, by the umask.
+        Only a crash, or SIGKILL, leaves a temporary file behind, `.pagemapcompat-*` in the same folder.
+
+        Args:
+            path: Where. Needs room in the same folder for a second file.
+
+            compression: "zstd", by the package zstandard (the extra `zstd`), or None.
+
+        Raises:
+            OSError: It cannot be written. The file at *path* is what it was, unless the last step fails, the fsync of
+                its folder.
+
+            InvalidArgumentError: *compression* is not known, or the memory is of 2**47 bytes or more.
+
+            MissingPackageError: zstandard is not installed.
+
+            ClosedError: It was dropped.
+
+        Cost: a read of what is held, SHA-256, and the disk. Zero pages take no room, others all of theirs, also those
+        shared with the parent.
+        """
+        snapshot_files.write(path, self.image, self.range, self._length, compression)
+
+    @classmethod
+    def load(cls, path: snapshot_files.StrPath) -> Snapshot:
+        """Read a file that `save` wrote, into a snapshot without a parent.
+
+        Files of strangers cannot do more than take time and memory. They can take as much as they announce, and a
+        compressed one announces more than its size.
+
+        Raises:
+            SnapshotFileError: It is no snapshot, of a newer version or of another page size, or was truncated or
+                altered.
+
+            OSError: It cannot be opened or read.
+
+            MissingPackageError: It is compressed, and zstandard is not installed.
+        """
+        loaded = snapshot_files.read(path)
+        return cls(loaded.image, loaded.where, loaded.length)
 
     def check_fits(self, length: int) -> None:
         """Refuse to be compared with, or restored into, memory of another size."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, assert_type
 
 from pagemapcompat import (
@@ -25,6 +26,7 @@ from pagemapcompat import (
     InvalidArgumentError,
     KernelError,
     Limits,
+    MissingPackageError,
     NotTrackableError,
     NotTrackedError,
     PageCategory,
@@ -173,6 +175,8 @@ def snapshots(ram: TrackedRange) -> Snapshot | None:
     assert_type(first.read(0, page_size()), bytes)
     assert_type((first.missing(), first.held()), tuple[ScanResult, ScanResult])
     assert_type((first.pages, len(first), first.range), tuple[int, int, AddressRange])
+    first.save("file", compression="zstd")
+    assert_type(Snapshot.load(Path("file")), Snapshot)
     first.squash()
     first.drop()
     return first.parent
@@ -219,7 +223,7 @@ def fail(ram: TrackedRange) -> str | None:
     except RestoreError as error:
         assert_type(error.differing, ScanResult | None)
         return f"{isinstance(error, ConcurrentWriteError)}"
-    except SnapshotFileError as error:
+    except (SnapshotFileError, MissingPackageError) as error:
         return str(error)
     except (ClosedError, FaultThreadError) as error:
         root: PagemapCompatError = error
