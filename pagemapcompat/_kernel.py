@@ -60,11 +60,19 @@ class CursorHandle(_Handle):
     _destroy = staticmethod(lib.pmc_cursor_destroy)
 
 
-class ImageHandle(_Handle):
-    """Owns a `struct pmc_image`."""
+class ImageHandle:
+    """Owns a `struct pmc_image`. Unlike the others it cannot be closed, and is good until the last user has gone."""
 
-    __slots__ = ()
-    _destroy = staticmethod(lib.pmc_image_destroy)
+    __slots__ = ("c", "out")
+
+    def __init__(self) -> None:
+        self.out: Any = ffi.gc(ffi.new("struct pmc_image **"), _destroy_image)
+        self.c: Any = _NULL
+        """What is in `out`, for calls."""
+
+
+def _destroy_image(out: Any) -> None:  # noqa: ANN401 - cffi's
+    lib.pmc_image_destroy(out[0])
 
 
 _NULL: Any = ffi.NULL
@@ -88,6 +96,7 @@ CAN_TRUST_MARKS: int = lib.PMC_CAN_TRUST_MARKS
 CAN_QUERY_MAPS: int = lib.PMC_CAN_QUERY_MAPS
 CAN_POPULATE: int = lib.PMC_CAN_POPULATE
 CAN_GUARD: int = lib.PMC_CAN_GUARD
+CAN_SEE_GUARDS: int = lib.PMC_CAN_SEE_GUARDS
 
 KIND_ANON: int = lib.PMC_KIND_ANON
 KIND_SHARED: int = lib.PMC_KIND_SHARED
@@ -424,7 +433,7 @@ LIST_MISSING: int = lib.PMC_LIST_MISSING
 
 def image_create(pages: int, base: ImageHandle | None = None) -> ImageHandle:
     """An image of so many pages, like *base* or all zeros."""
-    handle = ImageHandle("struct pmc_image **")
+    handle = ImageHandle()
     if lib.pmc_image_create(handle.out, base.c if base else _NULL, pages):
         raise MemoryError
     handle.c = handle.out[0]

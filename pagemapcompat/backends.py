@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from errno import EACCES, EBUSY, EDEADLK, EFAULT, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
+from errno import EACCES, EBUSY, EDEADLK, EFAULT, EINVAL, EIO, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -84,6 +84,7 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
         Feature.PROCMAP_QUERY: _kernel.CAN_QUERY_MAPS,
         Feature.MADV_POPULATE_READ: _kernel.CAN_POPULATE,
         Feature.MADV_GUARD: _kernel.CAN_GUARD,
+        Feature.PAGEMAP_GUARD: _kernel.CAN_SEE_GUARDS,
     }
 )
 
@@ -297,15 +298,12 @@ class Backend:
         result.c.delivered = 1
         return answer
 
-    def take(self, on: Attached, *, rearm: bool) -> _kernel.Result:
-        """ENGAGE_WP + GET of all of it. The pages go back to the reader unless its owner sets `delivered`."""
-        result = _kernel.Result()
+    def take(self, on: Attached, pages: _kernel.Result, *, rearm: bool) -> None:
+        """ENGAGE_WP + GET of all of it, into *pages*, which the caller delivers or gives back, on errors too."""
         flags = _kernel.ENGAGE | (_kernel.REARM if rearm else 0)
-        rc = _kernel.scan(on.cursor, on.range.start, on.range.end, 0, flags, result)
-        if rc or result.c.walk_end < on.range.end:
-            _kernel.owe(result)
-            self._fail(-rc or ENOMEM, _kernel.operation(result), on.range, result)
-        return result
+        rc = _kernel.scan(on.cursor, on.range.start, on.range.end, 0, flags, pages)
+        if rc or pages.c.walk_end < on.range.end:
+            self._fail(-rc or ENOMEM, _kernel.operation(pages), on.range, pages)
 
     def written(self, on: Attached) -> _kernel.Result:
         """GET of all of it."""
@@ -320,31 +318,31 @@ class Backend:
         result = _kernel.Result()
         rc = _kernel.capture(on.handle, image, pages, result)
         if rc:
-            self._fail(-rc, _kernel.operation(result), on.range)
+            self._fail_to_copy(-rc, on, result, "read", "it may belong to a file that is too short, or swap has failed")
 
     def write_back(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> None:
         """Write *pages* of *image* into memory, whatever its protection."""
         result = _kernel.Result()
         rc = _kernel.restore(on.handle, image, pages, result)
-        if rc == -EFAULT and result.c.untracked_end:
-            where = AddressRange(result.c.untracked_start, result.c.untracked_end)
-            raise KernelError.make(
-                EFAULT,
-                _kernel.operation(result),
-                f"{where} is in the snapshot and cannot be written now",
-                range=where,
-                hint="it was unmapped, made a guard page, or is a read-only shared mapping: undo that, then restore",
-            )
         if rc:
-            self._fail(-rc, _kernel.operation(result), on.range)
+            hint = "it was unmapped, made a guard page, or is a read-only shared mapping: undo that, then restore"
+            self._fail_to_copy(-rc, on, result, "written", hint)
 
     def differing(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> _kernel.Result:
         """Which of *pages* are not what *image* holds."""
         result = _kernel.Result()
         rc = _kernel.compare(on.handle, image, pages, result)
         if rc:
-            self._fail(-rc, _kernel.operation(result), on.range)
+            self._fail_to_copy(-rc, on, result, "read", "it may belong to a file that is too short, or swap has failed")
         return result
+
+    def _fail_to_copy(self, number: int, on: Attached, result: _kernel.Result, done: str, hint: str) -> NoReturn:
+        if number in (EFAULT, EIO) and result.c.untracked_end:
+            where = AddressRange(result.c.untracked_start, result.c.untracked_end)
+            raise KernelError.make(
+                number, _kernel.operation(result), f"{where} cannot be {done} now", range=where, hint=hint
+            )
+        self._fail(number, _kernel.operation(result), on.range)
 
     def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""
@@ -419,6 +417,12 @@ class Backend:
     def is_inherited(self) -> bool:
         """Whether this process was forked from the one that made it."""
         return os.getpid() != self._pid
+
+    def check(self) -> None:
+        """Raise what a call would raise now, before taking a lock that nobody would release in a forked child."""
+        rc = _kernel.tracker_state(self._handle)
+        if rc:
+            self._fail(-rc, "", AddressRange(0, 0))
 
     def statistics(self) -> BackendStatistics:
         """Counters since it was made."""

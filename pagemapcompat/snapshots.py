@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import operator
 import threading
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, SupportsIndex
 
 from pagemapcompat import _kernel, snapshot_files
 from pagemapcompat.abi import Guarantee
-from pagemapcompat.errors import ClosedError, ConcurrentWriteError, InvalidArgumentError, RestoreError
+from pagemapcompat.errors import (
+    ClosedError,
+    ConcurrentWriteError,
+    InvalidArgumentError,
+    NotTrackedError,
+    PagemapCompatError,
+    RestoreError,
+)
 from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size
 from pagemapcompat.pagemap import ScanResult
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pagemapcompat.backends import Attached, Backend
 
 
@@ -21,7 +31,8 @@ class Snapshot:
 
     A value: it never changes, stays good when the tracker is closed, and any thread may read it. Snapshots share the
     pages that they have in common, so that one costs what was written since the one before it, and a few hundred bytes
-    for each 2 MiB in which anything was. Guard pages and holes are not held, and a restore leaves them alone.
+    for each 2 MiB in which anything was. Guard pages and holes are not held, and a restore leaves them alone. Its own
+    memory comes from malloc(3): do not track that heap to restore it.
 
     Attributes:
         range: Where the memory lay.
@@ -53,9 +64,10 @@ class Snapshot:
         Raises:
             ClosedError: It was dropped.
         """
-        if self._image is None:
+        image = self._image
+        if image is None:
             raise ClosedError(f"{self!r} cannot be used").with_hint("take another snapshot; drop() ends one for good")
-        return self._image
+        return image
 
     @property
     def is_dropped(self) -> bool:
@@ -65,12 +77,17 @@ class Snapshot:
     @property
     def parent(self) -> Snapshot | None:
         """The snapshot that memory was equal to before this one, or the nearest one before that still there."""
-        if self._parent is not None and self._parent.is_dropped:
-            self._parent = self._parent.parent
-        return self._parent
+        at = self._parent
+        while at is not None and at.is_dropped:
+            at = at._parent  # noqa: SLF001 - of the same class; not by recursion, for chains are long
+        self._parent = at
+        return at
 
     def drop(self) -> None:
-        """Free the pages that no other snapshot holds. Those after it stay what they are. Idempotent."""
+        """Free the pages that no other snapshot holds. Those after it stay what they are. Idempotent.
+
+        What memory was last made equal to is kept until the next snapshot or restore, or the end of the range.
+        """
         self._image = None
         self._parent = self.parent
 
@@ -184,8 +201,8 @@ class History:
     """Makes the snapshots of one tracked range, and restores them.
 
     It has a cursor of its own and knows one image that memory was last equal to: memory differs from it in what the
-    cursor has, and from any other image in that and in what differs between the two. Pages that were written back
-    stay written for everybody else. Any thread may call; one call at a time.
+    cursor has, and from any other image in that and in what differs between the two. Any thread may call; one call at a
+    time.
     """
 
     def __init__(self, backend: Backend, attached: Attached, *, rearm: bool) -> None:
@@ -193,23 +210,25 @@ class History:
         self._attached = attached
         self._rearm = rearm
         self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread that has it
         self._cursor: Attached | None = None
         self._image: _kernel.ImageHandle | None = None
+        self._restored = False  # then memory may hold something where the image has nothing
         self._at: Snapshot | None = None
 
     def snapshot(self) -> Snapshot:
         """See `TrackedRange.snapshot`."""
-        with self._lock:
-            on = self._watched()
-            pages = self._backend.take(on, rearm=self._rearm)
+        with self._turn() as on:
+            pages = _kernel.Result()
             try:
+                self._backend.take(on, pages, rearm=self._rearm)
                 image = _kernel.image_create(on.range.length // page_size(), self._image)
-                self._backend.capture(on, image, pages if self._image else _everything(on.range))
+                self._backend.capture(on, image, self._unknown(on, pages))
                 at = self._at
-                parent = at.parent if at is not None and at.is_dropped else at
-                made = Snapshot(image, on.range, on.length, parent)
+                made = Snapshot(image, on.range, on.length, at.parent if at is not None and at.is_dropped else at)
                 # In this order: an interrupt in between makes pages come once too often, not once too seldom.
                 self._image, self._at = image, made
+                self._restored = False
             except BaseException:
                 _kernel.owe(pages)
                 raise
@@ -220,30 +239,52 @@ class History:
         """See `TrackedRange.restore`."""
         snapshot.check_fits(self._attached.length)
         image = snapshot.image
-        with self._lock:
-            on = self._watched()
+        with self._turn() as on:
             stale = self._stale(on, image)
             self._backend.write_back(on, image, stale)
-            pages = self._backend.take(on, rearm=self._rearm)
+            pages = _kernel.Result()
             try:
+                self._backend.take(on, pages, rearm=self._rearm)
                 # Protected again, pages show who writes from now on; who wrote until then is shown by what they hold.
                 touched = stale if stale.words() == pages.words() else _kernel.unite(stale, pages)
                 self._check(ConcurrentWriteError, on, image, touched)
+                self._restored = True
                 self._image, self._at = image, snapshot
             except BaseException:
                 _kernel.owe(pages)
                 raise
             pages.c.delivered = 1
             if verify:
-                self._image = None  # whatever was found, unless nothing is
+                self._image = None  # nothing is known, unless all is found right
                 self._check(RestoreError, on, image, _everything(on.range))
                 self._image = image
             return ScanResult(stale, on.range, on.range.start, on.length)
 
-    def _watched(self) -> Attached:
-        if self._cursor is None:
-            self._cursor = self._backend.attach_cursor(self._attached, rearm=self._rearm)
-        return self._cursor
+    @contextmanager
+    def _turn(self) -> Iterator[Attached]:
+        """Wait for other threads, and yield the cursor."""
+        self._backend.check()
+        me = threading.get_ident()
+        if self._owner == me:
+            raise PagemapCompatError("a snapshot or restore of this memory is under way in this thread").with_hint(
+                "do not take or restore snapshots in signal handlers and finalizers"
+            )
+        with self._lock:
+            try:
+                self._owner = me
+                if self._cursor is None:
+                    self._cursor = self._backend.attach_cursor(self._attached, rearm=self._rearm)
+                yield self._cursor
+            finally:
+                self._owner = None
+
+    def _unknown(self, on: Attached, written: _kernel.Result) -> _kernel.Result:
+        """The pages that may not be as in the last image: what was written, and what a restore left alone."""
+        if self._image is None:
+            return _everything(on.range)
+        if not self._restored:
+            return written
+        return _kernel.unite(written, _kernel.image_list(self._image, on.range.start, _kernel.LIST_MISSING))
 
     def _stale(self, on: Attached, image: _kernel.ImageHandle) -> _kernel.Result:
         """The pages in which memory may differ from *image*."""
@@ -254,25 +295,19 @@ class History:
             return written
         other = _kernel.image_diff(self._image, image, on.range.start)
         if Guarantee.NO_HELPER_THREAD not in on.guarantees:
-            # One call a run is cheaper than one fault a page.
-            for start, end, _ in other.triples():
-                self._backend.disengage_wp(on, _grown(start, end, on))
+            # One call a run is cheaper than one fault a page. What is untracked does not fault.
+            with suppress(NotTrackedError):
+                for start, end, _ in other.triples():
+                    self._backend.disengage_wp(on, AddressRange(start, end))
         return _kernel.unite(written, other)
 
     def _check(
         self, error: type[RestoreError], on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result
     ) -> None:
         differing = self._backend.differing(on, image, pages)
-        if not differing.c.count:
-            return
-        result = ScanResult(differing, on.range, on.range.start, on.length)
-        raise error.of(result)
+        if differing.c.count:
+            raise error.of(ScanResult(differing, on.range, on.range.start, on.length))
 
 
 def _everything(where: AddressRange) -> _kernel.Result:
     return _kernel.Result.of(where.start, where.end)
-
-
-def _grown(start: int, end: int, on: Attached) -> AddressRange:
-    size = on.granularity
-    return AddressRange(start // size * size, -(-end // size) * size)

@@ -62,22 +62,26 @@ class TrackedRange(Cursor):
         Raises:
             NotTrackedError: Part of the memory has lost its registration (ENOENT), unless the tracker rearms.
 
-            KernelError: A page that is there cannot be read (EIO).
+            KernelError: A page that is there cannot be read (EIO): `range` says which.
+
+            PagemapCompatError: In a signal handler, while this thread takes or restores one.
 
             ClosedError, FaultThreadError: As for `peek`.
 
-        Cost: a collect, and 0.5 us a page; the first time a read of every page that is there. Empty pages of private
-        anonymous memory are not populated, except with `uffd-wp-unpopulated` on machines with swap.
+        Cost: a collect, a look at the mappings, and 1 to 3 us a page; the first time a read of every page that is
+        there. Empty pages of private anonymous memory are not populated, except with `uffd-wp-unpopulated` on machines
+        with swap; those of shared memory and files are.
 
         Source: process_vm_readv(2); proc_pid_mem(5) for pages that may not be read.
         """
         return self._history.snapshot()
 
     def restore(self, snapshot: Snapshot, *, verify: bool = False) -> ScanResult:
-        """Make the memory what it was, and return the pages that were written back: those that may differ.
+        """Make the memory what it was, and return the pages that could differ, which were written back.
 
         From any snapshot to any other, again and again; of other memory of the same length, too. For other readers
-        what is written back is written. What the snapshot does not hold (guard pages, holes) is left alone.
+        what is written back is written. What the snapshot does not hold (guard pages, holes) is left alone; what it
+        holds must be there. Protections do not matter, but for shared mappings of what may not be written.
 
         Stop the writers. When this returns, memory was the snapshot's at one moment and every write since is seen; what
         was written before that moment is undone. If anybody else's write is found in it, this raises.
@@ -92,13 +96,15 @@ class TrackedRange(Cursor):
 
             RestoreError: *verify* found a difference.
 
-            KernelError: A page that the snapshot holds cannot be written (EFAULT). Those before it were.
+            KernelError: A page that the snapshot holds cannot be written (EFAULT): `range` says which. Where it is
+                unmapped nothing was written, else what lies before it was.
 
             InvalidArgumentError: It is of another length.
 
             NotTrackedError, ClosedError, FaultThreadError: As for `snapshot`.
 
-        Cost: a peek and a collect, and 0.6 us a page; beside the last snapshot, what differs between the two.
+        Cost: a peek, a collect, a look at the mappings, and 1 to 3 us a page; of another snapshot than the last, also
+        of the pages in which the two differ.
 
         Source: process_vm_writev(2).
         """

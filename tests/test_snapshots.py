@@ -25,9 +25,10 @@ from pagemapcompat import (
     InvalidArgumentError,
     KernelError,
     NotTrackedError,
-    RestoreError,
+    PagemapCompatError,
     Snapshot,
     TrackedRange,
+    _kernel,
 )
 
 pytestmark = pytest.mark.kernel
@@ -226,10 +227,17 @@ def test_holes(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None
     assert peeked(part(ram, 0, 1)) == b"\1" * PAGE
     libc.fill(place.start + 22 * PAGE, PAGE, 7)
     libc.munmap(place.start + 22 * PAGE, PAGE)
-    libc.fill(place.start + 24 * PAGE, 1, 7)
-    with pytest.raises((KernelError, RestoreError)) as caught:
-        ram.restore(first, verify=True)
-    assert "hint" in "".join(getattr(caught.value, "__notes__", []))
+    libc.fill(place.start + 20 * PAGE, 1, 7)
+    before = peeked(part(ram, 0, 8))
+    with pytest.raises(KernelError, match="cannot be written now") as caught:
+        ram.restore(first)
+    assert caught.value.range == part(ram, 22, 1)
+    assert peeked(part(ram, 20, 1))[0] == 7  # nothing was written
+    assert peeked(part(ram, 0, 8)) == before
+    later = ram.snapshot()
+    assert list(later.missing().spans()) == [(8 * PAGE, 10 * PAGE), (22 * PAGE, 23 * PAGE)]
+    libc.fill(place.start + 20 * PAGE, PAGE, 3)
+    ram.restore(later, verify=True)
 
 
 def test_guard_pages(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
@@ -252,6 +260,26 @@ def test_guard_pages(tracker: DirtyTracker, area: Callable[..., AddressRange]) -
     libc.madvise(place.start, place.length, libc.GUARD_REMOVE)
     ram.restore(whole, verify=True)
     assert peeked(place) == b"\5" * place.length
+
+
+def test_what_a_restore_leaves_alone_is_in_the_next_snapshot(
+    tracker: DirtyTracker, area: Callable[..., AddressRange]
+) -> None:
+    """Pages that were no pages at the snapshot have a content since."""
+    need(Feature.MADV_GUARD, Feature.PAGEMAP_GUARD)
+    place = area(8)
+    ram = tracker.track(place)
+    libc.fill(place.start, place.length, 5)
+    libc.madvise(place.start + PAGE, PAGE, libc.GUARD_INSTALL)
+    guarded = ram.snapshot()
+    libc.madvise(place.start + PAGE, PAGE, libc.GUARD_REMOVE)
+    libc.fill(place.start + PAGE, PAGE, 7)
+    ram.restore(guarded, verify=True)
+    later = ram.snapshot()
+    assert later.read(PAGE, 2 * PAGE) == b"\7" * PAGE
+    libc.fill(place.start + PAGE, PAGE, 9)
+    ram.restore(later, verify=True)
+    assert peeked(part(ram, 1, 1)) == b"\7" * PAGE
 
 
 def test_discarded_memory(tracker: DirtyTracker) -> None:
@@ -446,6 +474,105 @@ def test_interrupts(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> N
                 assert third.read() == memory[:]
                 ram.restore(to, verify=True)
                 assert memory[:] == wanted
+
+
+def test_an_interrupt_that_is_kept(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right behind the call that took the pages, with a traceback that holds on to everything."""
+
+    class Interrupt(BaseException):
+        """Stands for KeyboardInterrupt."""
+
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    first = ram.snapshot()
+    kept = []
+
+    def interrupted(*arguments: Any, scan: Callable[..., int] = _kernel.scan) -> int:
+        scan(*arguments)
+        raise Interrupt
+
+    for action in (ram.snapshot, lambda: ram.restore(first)):
+        write(memory, 3, 30)
+        with monkeypatch.context() as patch:
+            patch.setattr(_kernel, "scan", interrupted)
+            with pytest.raises(Interrupt) as caught:
+                action()
+        kept.append(caught.value)
+        assert ram.snapshot().read() == memory[:]
+        ram.restore(first, verify=True)
+
+
+def test_a_signal_handler_cannot_take_one_meanwhile(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for itself, or miss what is being copied."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    first = ram.snapshot()
+    written = write(memory, 5)
+    backend, asked = ram._backend, []
+
+    def handler(*arguments: Any, capture: Any = backend.capture) -> None:
+        for action in (ram.snapshot, lambda: ram.restore(first)):
+            with pytest.raises(PagemapCompatError, match="under way in this thread"):
+                action()
+            asked.append(action)
+        capture(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "capture", handler)
+        second = ram.snapshot()
+    assert len(asked) == 2
+    assert pages_of(first.diff(second)) == written
+
+
+def test_a_forked_child_does_not_wait(flavour: Flavour) -> None:
+    """For a thread of its parent's that was taking a snapshot."""
+
+    def scenario() -> None:
+        with flavour.tracker() as tracker:
+            memory = private(PAGES)
+            ram = tracker.track(memory)
+            first = ram.snapshot()
+            with ram._history._lock:
+
+                def child() -> None:
+                    for action in (ram.snapshot, lambda: ram.restore(first)):
+                        with pytest.raises(ClosedError, match="forked"):
+                            action()
+
+                in_child(child)
+
+    in_child(scenario)
+
+
+def test_long_chains(tracker: DirtyTracker) -> None:
+    """However they are dropped."""
+    memory = private(1)
+    ram = tracker.track(memory)
+    chain = []
+    for _ in range(1500):
+        write(memory, 0)
+        chain.append(ram.snapshot())
+    for one in reversed(chain):
+        one.drop()
+    assert ram.snapshot().parent is None
+
+
+def test_rearming(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """A tracker that rearms does so here too, and memory mapped anew is restored."""
+    with flavour.tracker(on_untracked="rearm") as tracker:
+        place = area(8)
+        ram = tracker.track(place)
+        libc.fill(place.start, place.length, 1)
+        first = ram.snapshot()
+        libc.fill(place.start, place.length, 2)
+        second = ram.snapshot()
+        libc.mmap(2 * PAGE, address=place.start + 2 * PAGE)
+        ram.restore(first, verify=True)
+        assert peeked(place) == b"\1" * place.length
+        libc.mmap(2 * PAGE, address=place.start + 4 * PAGE)
+        third = ram.snapshot()
+        assert third.read() == peeked(place)
+        ram.restore(second, verify=True)
 
 
 def test_writers_are_found_out(flavour: Flavour) -> None:

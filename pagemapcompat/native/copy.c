@@ -15,7 +15,7 @@
 
 #include "internal.h"
 
-#define BATCH 128 // pages of one process_vm_readv
+#define BATCH 24 // pages of one process_vm_readv: with more, malloc gives the memory of the frames back each time
 #define LOOK_FROM 16 // pages of a region from which on it pays to ask first which of them hold anything
 
 // What is known of a page before it is read.
@@ -47,6 +47,12 @@ struct copier {
 	unsigned char zeros[]; // a page
 };
 
+// Whether a guard page can be told from an empty one that is marked.
+static bool shows_guards(const struct pmc_tracker *tracker)
+{
+	return !(tracker->abilities & PMC_CAN_GUARD) || tracker->abilities & PMC_CAN_SEE_GUARDS;
+}
+
 // One page by /proc/self/mem, whatever its protection. 1: done, 0: it cannot be had, or -errno.
 static int force(struct copier *copier, uint64_t address, void *bytes, bool write)
 {
@@ -64,20 +70,41 @@ static int force(struct copier *copier, uint64_t address, void *bytes, bool writ
 	return got == (ssize_t)size;
 }
 
-// Nothing can be read from a page: there is none, else -EIO.
+static int refused(struct copier *copier, uint64_t address, int error)
+{
+	copier->tracker->operation = copier->write ? "process_vm_writev" : "process_vm_readv";
+	copier->result->untracked_start = address;
+	copier->result->untracked_end = address + (1ull << copier->page_shift);
+	return error;
+}
+
+// A page that cannot be read, even by force: there is none, or it is empty, or -EIO.
 static int read_refused(struct copier *copier, uint32_t index)
 {
+	struct pmc_tracker *tracker = copier->tracker;
 	uint64_t word, address = copier->range->start + (copier->pages[index] << copier->page_shift);
+	struct vma vma;
 	int rc = force(copier, address, copier->local[index].iov_base, false);
 	if (rc)
 		return rc < 0 ? rc : 0;
-	copier->content[index] = PMC_MISSING;
-	copier->tracker->operation = "/proc/self/pagemap";
-	rc = pmc_words_read(copier->tracker->pagemap, address, 1, copier->page_shift, copier->page_shift, &word);
-	if (rc || !(word & PM_WORD_PRESENT))
+	pmc_vmas_refresh(&tracker->vmas);
+	tracker->operation = "/proc/self/maps";
+	rc = pmc_vmas_at(&tracker->vmas, address, &vma);
+	if (rc < 0)
 		return rc;
-	copier->tracker->operation = "process_vm_readv";
-	return -EIO;
+	copier->content[index] = PMC_MISSING;
+	if (!rc || vma.start > address)
+		return 0;
+	tracker->operation = "/proc/self/pagemap";
+	rc = pmc_words_read(tracker->pagemap, address, 1, copier->page_shift, copier->page_shift, &word);
+	if (rc || word & PM_WORD_GUARD)
+		return rc;
+	if (word & PM_WORD_SWAPPED && !(word & PM_WORD_PRESENT) && !shows_guards(tracker))
+		return 0;
+	if (vma.kind != PMC_KIND_ANON || word & (PM_WORD_PRESENT | PM_WORD_SWAPPED))
+		return refused(copier, address, -EIO);
+	copier->content[index] = PMC_ZERO;
+	return 0;
 }
 
 // Protected by us with nobody there to resolve a fault of the kernel's, or by its mapping.
@@ -97,10 +124,7 @@ static int write_refused(struct copier *copier, uint32_t index)
 	rc = force(copier, address, copier->local[index].iov_base, true);
 	if (rc)
 		return rc < 0 ? rc : 0;
-	tracker->operation = "process_vm_writev";
-	copier->result->untracked_start = address;
-	copier->result->untracked_end = address + (1ull << copier->page_shift);
-	return -EFAULT;
+	return refused(copier, address, -EFAULT);
 }
 
 // Runs the batch, page by page where the kernel stops.
@@ -165,7 +189,7 @@ static void look_for_marks(struct copier *copier, uint64_t start, uint64_t count
 	const uint64_t *words = copier->tracker->words;
 	const uint64_t marked = PM_WORD_SWAPPED | PM_WORD_UFFD_WP;
 	bool asked = false;
-	for (uint64_t i = 0; i < count && !copier->swap; i++) {
+	for (uint64_t i = 0; i < count && !copier->swap && shows_guards(copier->tracker); i++) {
 		if ((words[i] & (marked | PM_WORD_PRESENT | PM_WORD_GUARD)) != marked)
 			continue;
 		// A page that is being moved is neither present nor empty; mincore(2) knows it.
@@ -284,12 +308,45 @@ static int begin(struct copier **ret, struct pmc_range *range, struct pmc_result
 	return 0;
 }
 
+// What was unmapped is in no scan: [from, to) is made missing in the image that is made, and must be so in one that is restored.
+static int gap(struct copier *copier, uint64_t start, uint64_t end)
+{
+	uint64_t from = page_index(copier->range, start), to = page_index(copier->range, end);
+	if (copier->image)
+		return pmc_image_clear(copier->image, from, to, PMC_MISSING);
+	uint64_t page = pmc_image_first_there(copier->given, from, to);
+	return page == to ? 0 : refused(copier, copier->range->start + (page << copier->page_shift), -EFAULT);
+}
+
+static int find_gaps(struct copier *copier)
+{
+	struct pmc_range *range = copier->range;
+	struct vmas *vmas = &copier->tracker->vmas;
+	struct vma vma;
+	int rc = 1;
+
+	pmc_vmas_refresh(vmas);
+	for (uint64_t pos = range->start; pos < range->end && rc > 0; pos = vma.end) {
+		copier->tracker->operation = "/proc/self/maps";
+		rc = pmc_vmas_at(vmas, pos, &vma);
+		if (rc < 0)
+			return rc;
+		if (!rc || vma.start >= range->end)
+			return gap(copier, pos, range->end);
+		if (vma.start > pos && (rc = gap(copier, pos, vma.start)))
+			return rc;
+		rc = 1;
+	}
+	return 0;
+}
+
 // Does it, and ends it.
 static int copy_regions(struct copier *copier, const struct page_region *regions, uint64_t count)
 {
 	struct pmc_tracker *tracker = copier->tracker;
 	struct pmc_result *result = copier->result;
-	int rc = 0;
+	// A comparison is of what it is asked about alone.
+	int rc = copier->image || copier->write ? find_gaps(copier) : 0;
 	for (uint64_t i = 0; i < count && !rc; i++)
 		rc = copy_region(copier, &regions[i]);
 	if (!rc)
@@ -312,7 +369,7 @@ static int capture_unread(struct copier *copier, uint64_t from, uint64_t to, enu
 static int capture_read(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame)
 {
 	if (content == PMC_HELD && pmc_is_zero((*frame)->bytes, copier->page_shift))
-		content = PMC_ZERO;
+		content = PMC_ZERO; // a page of zeros is held as none
 	int rc = pmc_image_put(copier->image, page, content, *frame);
 	if (!rc && content == PMC_HELD)
 		*frame = NULL;
@@ -370,7 +427,7 @@ static int compare_unread(struct copier *copier, uint64_t from, uint64_t to, enu
 static int compare_read(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame)
 {
 	const unsigned char *bytes;
-	if (content == PMC_MISSING)
+	if (content != PMC_HELD)
 		return compare_unread(copier, page, page + 1, content);
 	switch (pmc_image_at(copier->given, page, &bytes)) {
 	case PMC_HELD:

@@ -175,13 +175,13 @@ int pmc_image_put(struct pmc_image *image, uint64_t page, enum pmc_content conte
 static int fill(void **slot, uint32_t level, uint64_t first, uint64_t from, uint64_t to, void *what)
 {
 	uint64_t size = 1ull << (level * SLOT_BITS);
+	if (*slot == what)
+		return 0;
 	if (from <= first && first + size <= to) {
 		let_go(*slot, level);
 		*slot = what;
 		return 0;
 	}
-	if (*slot == what)
-		return 0;
 	struct node *node = own(slot, level);
 	if (!node)
 		return -ENOMEM;
@@ -216,7 +216,7 @@ int pmc_image_load(struct pmc_image *image, uint64_t first, uint64_t count, cons
 				return -ENOMEM;
 			memcpy(frame->bytes, bytes, size);
 		}
-		if (put(image, first + i, frame)) {
+		if (pmc_image_put(image, first + i, frame ? PMC_HELD : PMC_ZERO, frame)) {
 			pmc_frame_put(frame);
 			return -ENOMEM;
 		}
@@ -233,6 +233,28 @@ void pmc_image_read(const struct pmc_image *image, uint64_t first, uint64_t coun
 			memcpy(ret, bytes, size);
 		else
 			memset(ret, 0, size);
+}
+
+// The first page of [from, to) below *slot* that is not missing, else to.
+static uint64_t first_there(void *slot, uint32_t level, uint64_t first, uint64_t from, uint64_t to)
+{
+	uint64_t size = 1ull << (level * SLOT_BITS);
+	if (slot == MISSING)
+		return to;
+	if (!slot || !level)
+		return max_u64(first, from);
+	size >>= SLOT_BITS;
+	for (uint64_t i = (max_u64(from, first) - first) / size; i < SLOTS && first + i * size < to; i++) {
+		uint64_t page = first_there(((struct node *)slot)->slots[i], level - 1, first + i * size, from, to);
+		if (page < to)
+			return page;
+	}
+	return to;
+}
+
+uint64_t pmc_image_first_there(const struct pmc_image *image, uint64_t from, uint64_t to)
+{
+	return from < to ? first_there(image->root, image->levels, 0, from, to) : to;
 }
 
 // ---- Walks ----------------------------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ bool pmc_is_zero(const unsigned char *bytes, uint32_t page_shift);
 enum pmc_content pmc_image_at(const struct pmc_image *image, uint64_t page, const unsigned char **bytes);
 // Changes an image that nobody else has yet. With PMC_HELD *frame* is taken over, unless that fails.
 int pmc_image_put(struct pmc_image *image, uint64_t page, enum pmc_content content, struct frame *frame);
+// The first page of [from, to) that is not missing, else to.
+uint64_t pmc_image_first_there(const struct pmc_image *image, uint64_t from, uint64_t to);
 // Makes [from, to) zero or missing.
 int pmc_image_clear(struct pmc_image *image, uint64_t from, uint64_t to, enum pmc_content content);
 

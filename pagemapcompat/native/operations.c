@@ -298,7 +298,9 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 
 	while (pos < end && !rc) {
 		const struct piece *piece = pmc_piece_at(range, pos);
-		uint64_t to = min_u64(end, piece->end);
+		uint64_t unit = 1ull << piece->page_shift;
+		uint64_t to = align_up(min_u64(end, piece->end), unit);
+		pos = align_down(pos, unit);
 		pmc_vmas_refresh(&tracker->vmas);
 		rc = pmc_protect(tracker, pos, to, piece->page_shift, 0, &untracked);
 		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to, NULL);

@@ -35,6 +35,7 @@
 #define PMC_CAN_QUERY_MAPS (1u << 6) // PROCMAP_QUERY
 #define PMC_CAN_POPULATE (1u << 7) // MADV_POPULATE_READ
 #define PMC_CAN_GUARD (1u << 8) // MADV_GUARD_INSTALL: pages exist that cannot carry a mark
+#define PMC_CAN_SEE_GUARDS (1u << 9) // pagemap bit 58 shows them
 
 // Kinds of memory; bits of pmc_range_kinds().
 #define PMC_KIND_ANON (1u << 0) // private anonymous
@@ -162,7 +163,7 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 	     struct pmc_result *result);
 // Protects [start, end) whatever it held for this cursor; takes PMC_REARM.
 int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result);
-// Un-protects; every mapped page counts as written once, for every cursor.
+// Un-protects, whole huge pages where there are such; every mapped page counts as written once, for every cursor.
 int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
 // Registers and protects what has lost its registration; its pages count as written once, for every cursor.
 int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
@@ -180,7 +181,8 @@ struct pmc_image;
 // An image of *pages* pages, like *base* (of as many pages) or all zeros. Until somebody else has it, the three functions that follow
 // may change it; on a failure it is only good for being destroyed.
 int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint64_t pages);
-// Copies the pages of *regions* from memory. What is empty is not populated where pagemap can tell. -EIO: a page cannot be read.
+// Copies the pages of *regions* from memory, and makes missing whatever of the range is not mapped. What is empty is not populated where
+// pagemap can tell. -EIO: the page in result->untracked_* cannot be read.
 int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct page_region *regions, uint64_t count,
 		struct pmc_result *result);
 // Sets [first, first + count) to *bytes*.
@@ -196,8 +198,8 @@ void pmc_image_read(const struct pmc_image *image, uint64_t first, uint64_t coun
 int pmc_image_list(const struct pmc_image *image, uint64_t base, uint64_t categories, struct pmc_result *result);
 // Appends the pages whose content differs. Costs what differs in their trees, not their size.
 int pmc_image_diff(const struct pmc_image *a, const struct pmc_image *b, uint64_t base, struct pmc_result *result);
-// Writes the pages of *regions*, what is missing in *image* excepted. -EFAULT: the page in result->untracked_* cannot be written;
-// those before it were.
+// Writes the pages of *regions*, what is missing in *image* excepted. -EFAULT: the page in result->untracked_* cannot be written, being
+// unmapped (then none was written), a guard page or somebody else's; those before it were.
 int pmc_restore(struct pmc_range *range, const struct pmc_image *image, const struct page_region *regions,
 		uint64_t count, struct pmc_result *result);
 // Appends the pages of *regions* in which memory is not what *image* holds.
