@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from errno import EACCES, EBUSY, EDEADLK, EFAULT, EINVAL, EIO, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
+from errno import EACCES, EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -325,7 +325,7 @@ class Backend:
         result = _kernel.Result()
         rc = _kernel.restore(on.handle, image, pages, result)
         if rc:
-            hint = "it was unmapped, made a guard page, or is a read-only shared mapping: undo that, then restore"
+            hint = "it was unmapped or made a guard page: undo that, then restore"
             self._fail_to_copy(-rc, on, result, "written", hint)
 
     def differing(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> _kernel.Result:
@@ -337,7 +337,7 @@ class Backend:
         return result
 
     def _fail_to_copy(self, number: int, on: Attached, result: _kernel.Result, done: str, hint: str) -> NoReturn:
-        if number in (EFAULT, EIO) and result.c.untracked_end:
+        if result.c.untracked_end and number != ENOENT:
             where = AddressRange(result.c.untracked_start, result.c.untracked_end)
             raise KernelError.make(
                 number, _kernel.operation(result), f"{where} cannot be {done} now", range=where, hint=hint

@@ -59,10 +59,14 @@ class TrackedRange(Cursor):
         Stop the writers for a snapshot of one moment. A page that is written meanwhile is in it as it was when it was
         copied, and counts as written since.
 
+        Pages that their mapping bars are held too. Where the kernel gives them to nobody (proc_mem.force_override,
+        since 6.12) each is opened by mprotect(2) for as long as it is copied: let no other thread protect it then.
+
         Raises:
             NotTrackedError: Part of the memory has lost its registration (ENOENT), unless the tracker rearms.
 
-            KernelError: A page that is there cannot be read (EIO): `range` says which.
+            KernelError: A page that is there cannot be read (EIO), or not be opened (the errno of mprotect): `range`
+                says which.
 
             PagemapCompatError: In a signal handler, while this thread takes or restores one.
 
@@ -72,7 +76,7 @@ class TrackedRange(Cursor):
         there. Empty pages of private anonymous memory are not populated, except with `uffd-wp-unpopulated` on machines
         with swap; those of shared memory and files are.
 
-        Source: process_vm_readv(2); proc_pid_mem(5) for pages that may not be read.
+        Source: process_vm_readv(2); proc_pid_mem(5); fs/proc/base.c: proc_mem_foll_force.
         """
         return self._history.snapshot()
 
@@ -81,7 +85,8 @@ class TrackedRange(Cursor):
 
         From any snapshot to any other, again and again; of other memory of the same length, too. For other readers
         what is written back is written. What the snapshot does not hold (guard pages, holes) is left alone; what it
-        holds must be there. Protections do not matter, but for shared mappings of what may not be written.
+        holds must be there. Protections do not matter; a page may be opened by mprotect(2) while it is copied, as for
+        `snapshot`, and one of shared memory is on every kernel.
 
         Stop the writers. When this returns, memory was the snapshot's at one moment and every write since is seen; what
         was written before that moment is undone. If anybody else's write is found in it, this raises.

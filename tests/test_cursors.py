@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import sys
 import threading
 
 import pytest
@@ -191,7 +192,7 @@ def test_readers_come_and_go_without_a_trace(flavour: Flavour) -> None:
             ram = tracker.track(memory)
             ram.cursor()
             before = resources()
-            for _ in range(50):
+            for _ in range(20):
                 kept = [ram.cursor() for _ in range(3)]
                 write(memory, 1)
                 kept.pop().close()
@@ -208,7 +209,7 @@ def test_a_reader_that_stops_reading_costs_one_bit_a_page(tracker: DirtyTracker)
     memory = private(PAGES)
     ram = tracker.track(memory)
     idle = ram.cursor()
-    for _ in range(40):
+    for _ in range(10):
         write(memory, *range(0, PAGES, 3))
         ram.collect()
         assert tracker.statistics().owed_pages == PAGES // 3
@@ -259,6 +260,7 @@ def test_nothing_is_lost_with_readers_and_writers_in_threads(flavour: Flavour, k
                 mirror.merge(mirror.ram.collect())
 
     def scenario() -> None:
+        sys.setswitchinterval(0.00005)  # else a reader waits for the GIL most of the time
         with flavour.tracker() as tracker:
             memory = memory_of(kind, PAGES)
             ram = tracker.track(memory)

@@ -163,4 +163,4 @@ def test_a_range_keeps_its_tracker(flavour: Flavour) -> None:
     ram = flavour.tracker().track(memory)
     wrote = write(memory, 2)
     assert pages_of(ram.collect()) == wrote
-    ram._tracker.close()
+    ram._keep.close()

@@ -24,32 +24,11 @@ from pagemapcompat import ConcurrentWriteError, Cursor, DirtyTracker, Snapshot
 
 OWN = 40
 """Pages that the program writes alone; as many, one by one between them, are the threads'."""
-STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(
-            (
-                *("write", "write", "write", "collect", "collect", "peek", "part", "reset", "unprotect"),
-                *(
-                    "cursor",
-                    "leave",
-                    "snapshot",
-                    "snapshot",
-                    "restore",
-                    "restore",
-                    "restore",
-                    "drop",
-                    "squash",
-                    "diff",
-                    "threads",
-                ),
-            )
-        ),
-        st.integers(0, 1 << 16),
-        st.integers(0, 1 << 16),
-    ),
-    min_size=40,  # short programs come to nothing: a restore needs two snapshots, and writes around them
-    max_size=80,
+ACTIONS = (
+    *("write", "write", "write", "collect", "collect", "peek", "part", "reset", "unprotect", "cursor", "leave"),
+    *("snapshot", "snapshot", "restore", "restore", "restore", "drop", "squash", "diff", "threads"),
 )
+STEP = st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1 << 16), st.integers(0, 1 << 16))
 
 
 class Writers:
@@ -266,8 +245,8 @@ class Program:
             reader.mirror.finish()
 
 
-def explore(flavour: Flavour, kind: str, examples: int) -> None:
-    """Random programs, always the same ones."""
+def explore(flavour: Flavour, kind: str, examples: int, steps: int) -> None:
+    """Random programs of so many steps or twice as many, always the same ones."""
     sys.setswitchinterval(0.00005)  # the writers hold the GIL nearly all the time
 
     @settings(
@@ -278,7 +257,7 @@ def explore(flavour: Flavour, kind: str, examples: int) -> None:
         suppress_health_check=list(HealthCheck),
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
     )
-    @given(STEPS)
+    @given(st.lists(STEP, min_size=steps, max_size=2 * steps))
     def run(steps: list[tuple[str, int, int]]) -> None:
         with flavour.tracker() as tracker:
             program = Program(tracker, kind)
@@ -299,11 +278,11 @@ def explore(flavour: Flavour, kind: str, examples: int) -> None:
 def test_a_few_programs(flavour: Flavour, kind: str) -> None:
     """On every kernel."""
     memory_of(kind, 1)  # skips where it is refused
-    in_child(explore, flavour, kind, 3)
+    in_child(explore, flavour, kind, 3, 15)
 
 
 @pytest.mark.parametrize("kind", ["private", "shared"])
 def test_many_programs(flavour: Flavour, kind: str) -> None:
     """More than there is time for in a guest."""
     memory_of(kind, 1)
-    in_child(explore, flavour, kind, 20)
+    in_child(explore, flavour, kind, 30, 40)  # a restore needs two snapshots, and writes around them

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import mmap
 import random
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from pagemapcompat import (
 pytestmark = pytest.mark.kernel
 
 PAGES = 96
+SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 
 
 def scribble(memory: mmap.mmap, dice: random.Random, count: int) -> set[int]:
@@ -188,18 +190,30 @@ def test_a_ring_of_snapshots_keeps_no_more_than_it_holds(tracker: DirtyTracker) 
         ram.restore(one, verify=True)
 
 
-def test_protected_pages(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
-    """Whatever may be done with a page now: its content is saved, and comes back."""
-    place = area(32)
+def protections(memory: AddressRange) -> list[tuple[int, str]]:
+    """Where they change, and to what."""
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        parsed = [(line.split("-")[0], line.split()[1]) for line in maps]
+    return [(int(start, 16), flags) for start, flags in parsed if memory.start <= int(start, 16) < memory.end]
+
+
+@pytest.mark.parametrize("flags", [PRIVATE, SHARED], ids=["private", "shared"])
+def test_protected_pages(tracker: DirtyTracker, area: Callable[..., AddressRange], flags: int) -> None:
+    """Whatever may be done with a page now: its content is saved, and comes back, and its protection stays."""
+    if flags == SHARED:
+        need_shared()
+    place = area(32, flags=flags)
     ram = tracker.track(place)
     for page in range(32):
         libc.fill(place.start + page * PAGE, PAGE, page + 1)
     for page in range(0, 32, 4):
         libc.mprotect(place.start + page * PAGE, PAGE, libc.PROT_NONE)
         libc.mprotect(place.start + (page + 1) * PAGE, PAGE, libc.PROT_READ)
+    had = protections(place)
     first = ram.snapshot()
     assert first.pages == 32
     assert first.missing().pages == 0
+    assert protections(place) == had
     expected = b"".join(bytes([page + 1]) * PAGE for page in range(32))
     assert first.read() == expected
     libc.mprotect(place.start, place.length, libc.PROT_READ | libc.PROT_WRITE)
@@ -207,7 +221,9 @@ def test_protected_pages(tracker: DirtyTracker, area: Callable[..., AddressRange
     for page in range(0, 32, 3):
         libc.mprotect(place.start + page * PAGE, PAGE, libc.PROT_NONE)
         libc.mprotect(place.start + (page + 1) * PAGE, PAGE, libc.PROT_READ)
+    had = protections(place)
     assert ram.restore(first, verify=True).pages == 32
+    assert protections(place) == had
     libc.mprotect(place.start, place.length, libc.PROT_READ)
     assert peeked(place) == expected
 
@@ -549,7 +565,7 @@ def test_long_chains(tracker: DirtyTracker) -> None:
     memory = private(1)
     ram = tracker.track(memory)
     chain = []
-    for _ in range(1500):
+    for _ in range(1100):  # more than Python may call itself deep
         write(memory, 0)
         chain.append(ram.snapshot())
     for one in reversed(chain):
@@ -584,6 +600,7 @@ def test_writers_are_found_out(flavour: Flavour) -> None:
             memory[dice.randrange(len(memory))] = dice.randrange(256)
 
     def scenario() -> None:
+        sys.setswitchinterval(0.00005)  # else a restore waits for the GIL most of the time
         with flavour.tracker() as tracker:
             memory = private(PAGES)
             write(memory, *range(PAGES))
@@ -651,7 +668,7 @@ def test_nothing_leaks(flavour: Flavour) -> None:
             write(memory, 1)
             first = ram.snapshot()
             before = resources()
-            for number in range(60):
+            for number in range(20):
                 write(memory, number % PAGES)
                 made = ram.snapshot()
                 ram.restore(first)

@@ -2,7 +2,7 @@
 //
 // Memory is read and written through the kernel, never by a load or a store: a page that another thread has just protected,
 // unmapped or made a guard page is then an answer and not a SIGSEGV. process_vm_readv(2) takes many pages in one call and obeys their
-// protection; what it refuses is tried through /proc/self/mem, which does not (FOLL_FORCE).
+// protection; what it refuses is tried by force.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -53,8 +53,21 @@ static bool shows_guards(const struct pmc_tracker *tracker)
 	return !(tracker->abilities & PMC_CAN_GUARD) || tracker->abilities & PMC_CAN_SEE_GUARDS;
 }
 
-// One page by /proc/self/mem, whatever its protection. 1: done, 0: it cannot be had, or -errno.
-static int force(struct copier *copier, uint64_t address, void *bytes, bool write)
+static int refused_by(struct copier *copier, const char *operation, uint64_t address, int error)
+{
+	copier->tracker->operation = operation;
+	copier->result->untracked_start = address;
+	copier->result->untracked_end = address + (1ull << copier->page_shift);
+	return error;
+}
+
+static int refused(struct copier *copier, uint64_t address, int error)
+{
+	return refused_by(copier, copier->write ? "process_vm_writev" : "process_vm_readv", address, error);
+}
+
+// 1: done, 0: refused, or -errno.
+static int by_mem(struct copier *copier, uint64_t address, void *bytes)
 {
 	size_t size = (size_t)1 << copier->page_shift;
 	if (copier->mem < 0) {
@@ -65,17 +78,34 @@ static int force(struct copier *copier, uint64_t address, void *bytes, bool writ
 	}
 	ssize_t got;
 	do
-		got = write ? pwrite(copier->mem, bytes, size, (off_t)address) : pread(copier->mem, bytes, size, (off_t)address);
+		got = copier->write ? pwrite(copier->mem, bytes, size, (off_t)address) : pread(copier->mem, bytes, size, (off_t)address);
 	while (got < 0 && errno == EINTR);
 	return got == (ssize_t)size;
 }
 
-static int refused(struct copier *copier, uint64_t address, int error)
+// One page, whatever its protection. 1: done, 0: it cannot be had, or -errno.
+static int force(struct copier *copier, uint64_t address, void *bytes)
 {
-	copier->tracker->operation = copier->write ? "process_vm_writev" : "process_vm_readv";
-	copier->result->untracked_start = address;
-	copier->result->untracked_end = address + (1ull << copier->page_shift);
-	return error;
+	const int needed = copier->write ? PROT_READ | PROT_WRITE : PROT_READ;
+	struct pmc_tracker *tracker = copier->tracker;
+	struct vma vma;
+
+	int rc = by_mem(copier, address, bytes);
+	if (rc)
+		return rc;
+	pmc_vmas_refresh(&tracker->vmas);
+	tracker->operation = "/proc/self/maps";
+	rc = pmc_vmas_at(&tracker->vmas, address, &vma);
+	if (rc <= 0 || vma.start > address || (vma.protection & needed) == needed)
+		return rc < 0 ? rc : 0;
+	// Not even by force: a shared mapping is never written so, and since 6.12 a kernel may be told to force nothing
+	// (proc_mem.force_override, fs/proc/base.c; Debian's 7.3 is). The page is opened for as long as it is copied.
+	size_t size = (size_t)1 << vma.page_shift;
+	void *unit = (void *)(uintptr_t)align_down(address, size);
+	if (mprotect(unit, size, vma.protection | needed))
+		return refused_by(copier, "mprotect", address, -errno);
+	rc = by_mem(copier, address, bytes);
+	return mprotect(unit, size, vma.protection) ? refused_by(copier, "mprotect", address, -errno) : rc;
 }
 
 // A page that cannot be read, even by force: there is none, or it is empty, or -EIO.
@@ -84,7 +114,7 @@ static int read_refused(struct copier *copier, uint32_t index)
 	struct pmc_tracker *tracker = copier->tracker;
 	uint64_t word, address = copier->range->start + (copier->pages[index] << copier->page_shift);
 	struct vma vma;
-	int rc = force(copier, address, copier->local[index].iov_base, false);
+	int rc = force(copier, address, copier->local[index].iov_base);
 	if (rc)
 		return rc < 0 ? rc : 0;
 	pmc_vmas_refresh(&tracker->vmas);
@@ -121,7 +151,7 @@ static int write_refused(struct copier *copier, uint32_t index)
 		rc = pmc_protect(tracker, unit, unit + size, piece->page_shift, 0, &untracked);
 	if (rc && rc != -ENOENT)
 		return rc;
-	rc = force(copier, address, copier->local[index].iov_base, true);
+	rc = force(copier, address, copier->local[index].iov_base);
 	if (rc)
 		return rc < 0 ? rc : 0;
 	return refused(copier, address, -EFAULT);

@@ -109,7 +109,7 @@ struct vma {
 	uint64_t end;
 	uint32_t kind; // one PMC_KIND_*
 	uint32_t page_shift;
-	bool readable;
+	int protection; // PROT_*
 };
 
 // A cursor over /proc/PID/maps, or over smaps, which is slow but knows the page size of hugetlb mappings.

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -71,7 +72,9 @@ static int query_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 		.end = query.vma_end,
 		.kind = kind_of(query.vma_flags & PROCMAP_QUERY_VMA_SHARED, query.inode, shift, vmas->page_shift),
 		.page_shift = shift,
-		.readable = query.vma_flags & PROCMAP_QUERY_VMA_READABLE,
+		.protection = (query.vma_flags & PROCMAP_QUERY_VMA_READABLE ? PROT_READ : 0) |
+			(query.vma_flags & PROCMAP_QUERY_VMA_WRITABLE ? PROT_WRITE : 0) |
+			(query.vma_flags & PROCMAP_QUERY_VMA_EXECUTABLE ? PROT_EXEC : 0),
 	};
 	return 1;
 }
@@ -140,7 +143,7 @@ static int text_next(struct vmas *vmas)
 	at++;
 	vma.end = parse(&at, 16);
 	at = skip_field(at);
-	vma.readable = at[0] == 'r';
+	vma.protection = (at[0] == 'r' ? PROT_READ : 0) | (at[1] == 'w' ? PROT_WRITE : 0) | (at[2] == 'x' ? PROT_EXEC : 0);
 	bool shared = at[3] == 's';
 	at = skip_field(skip_field(skip_field(at)));
 	uint64_t inode = parse(&at, 10);

@@ -169,7 +169,7 @@ static bool populate(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 		pos = to;
 		if (vma.kind != PMC_KIND_ANON)
 			continue;
-		if (!vma.readable) {
+		if (!(vma.protection & PROT_READ)) {
 			all = false;
 			continue;
 		}
@@ -225,7 +225,7 @@ static bool is_readable(struct pmc_tracker *tracker, uint64_t address, struct vm
 		if (pmc_vmas_at(&tracker->vmas, address, vma) <= 0)
 			return true; // reported once more is better than missed
 	}
-	return address >= vma->start && vma->readable;
+	return address >= vma->start && vma->protection & PROT_READ;
 }
 
 // Notes for each page of [from, to), whose words begin at *pos*, whether it could carry a mark. A page that is empty though it was
