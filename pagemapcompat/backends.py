@@ -372,8 +372,8 @@ class Backend:
                 f"this tracker belongs to process {self._pid}, which process {os.getpid()} was forked from"
             ).with_hint("a forked child's memory is not tracked; make a DirtyTracker in the child")
         if number == _kernel.ECLOSED:
-            raise ClosedError("the tracker, or this range of it, is closed").with_hint(
-                "track the memory again with an open DirtyTracker"
+            raise ClosedError("the tracker, or this range or cursor of it, is closed").with_hint(
+                "make another: DirtyTracker(), its track(), or the range's cursor()"
             )
         if number == _kernel.EFAULTTHREAD:
             cause = _kernel.tracker_fault_errno(self._handle)

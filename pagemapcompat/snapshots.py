@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from pagemapcompat.backends import Attached, Backend
 
 
+def _check(snapshot: Snapshot) -> Snapshot:
+    if isinstance(snapshot, Snapshot):
+        return snapshot
+    error = TypeError(f"{snapshot!r} is no snapshot")
+    error.add_note("hint: give what TrackedRange.snapshot() or Snapshot.load() returned")
+    raise error
+
+
 class Snapshot:
     """What tracked memory held. Made by `TrackedRange.snapshot`, or `load`.
 
@@ -109,7 +117,7 @@ class Snapshot:
 
         Cost: what differs, not what there is.
         """
-        self.check_fits(len(other))
+        _check(other).check_fits(len(self))
         return self._result(_kernel.image_diff(self.image, other.image, self.range.start))
 
     def missing(self) -> ScanResult:
@@ -237,7 +245,7 @@ class History:
 
     def restore(self, snapshot: Snapshot, *, verify: bool) -> ScanResult:
         """See `TrackedRange.restore`."""
-        snapshot.check_fits(self._attached.length)
+        _check(snapshot).check_fits(self._attached.length)
         image = snapshot.image
         with self._turn() as on:
             stale = self._stale(on, image)

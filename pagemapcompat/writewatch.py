@@ -7,6 +7,7 @@ pagemapcompat.writewatch import WriteWatch`.
 from __future__ import annotations
 
 import mmap
+import operator
 import os
 import sys
 import threading
@@ -453,10 +454,8 @@ class WriteWatch:
         return AddressRange(first - self._shift, last - self._shift)
 
     def _asked(self, base: int | None, size: int | None) -> AddressRange:
-        if base is None:
-            base = self.base
-        if size is None:
-            size = self.base + self.size - base
+        base = self.base if base is None else operator.index(base)
+        size = self.base + self.size - base if size is None else operator.index(size)
         asked = self._inside(base, size)
         if asked is None:
             raise InvalidArgumentError(
@@ -473,6 +472,7 @@ class WriteWatch:
 
     def _pages(self, base: int, size: int) -> AddressRange:
         """The pages of the host that are exactly this."""
+        base = operator.index(base)
         asked = self._asked(base, size)
         start, stop = self._offsets(asked)
         whole = self._ram.range

@@ -409,6 +409,11 @@ def test_other_memory(tracker: DirtyTracker) -> None:
         unlike.restore(snapshot)
     with pytest.raises(InvalidArgumentError):
         snapshot.diff(unlike.snapshot())
+    no_snapshot: Any = "file"
+    with pytest.raises(TypeError, match="'file' is no snapshot"):
+        ram.restore(no_snapshot)
+    with pytest.raises(TypeError, match="'file' is no snapshot"):
+        snapshot.diff(no_snapshot)
 
 
 def test_offsets_outside(tracker: DirtyTracker) -> None:
@@ -606,16 +611,16 @@ def test_writers_are_found_out(flavour: Flavour) -> None:
             write(memory, *range(PAGES))
             ram = tracker.track(memory)
             first, content = ram.snapshot(), memory[:]
-            raised = 0
             for number in range(4):
                 crew, stop = Crew(), threading.Event()
                 for seed in range(2):
                     crew.add(writer, memory, stop, seed + 2 * number)
-                for _ in range(5):
+                raised = False
+                while not raised:
                     try:
                         ram.restore(first)
                     except ConcurrentWriteError as error:
-                        raised += 1
+                        raised = True
                         assert error.differing is not None
                         assert error.differing.pages
                 stop.set()
@@ -623,7 +628,6 @@ def test_writers_are_found_out(flavour: Flavour) -> None:
                 # What is not the snapshot's is known to be written.
                 known = pages_of(ram.restore(first))
                 assert memory[:] == content, known
-            assert raised
 
     in_child(scenario)
 

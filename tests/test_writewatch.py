@@ -8,6 +8,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from children import Crew, in_child, memory_of
@@ -735,6 +736,9 @@ def test_wrong_arguments() -> None:
             for base, size in ((GUEST - 1, 2), (GUEST, watch.size + 1), (GUEST, 0), (GUEST, -1), (-1, 5)):
                 with pytest.raises(InvalidArgumentError, match=f"size={size} at {base:#x}.*{GUEST:#x}"):
                     one(base, size)
+            no_address: Any = memory
+            with pytest.raises(TypeError, match="mmap"):
+                one(no_address, STEP)
         for count in (0, -1):
             with pytest.raises(InvalidArgumentError, match=f"count={count}"):
                 watch.get(count=count, reset=True)
