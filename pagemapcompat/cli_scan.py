@@ -279,7 +279,7 @@ def _look(request: _Request, wanted: PageCategory) -> _Report:
     _check_process(pid)
     # The mappings are read after pagemap was opened and before the first question. Up to Linux 6.15 the pagemap of a
     # process that has just ended opens too, and PAGEMAP_SCAN on it is a NULL dereference in the kernel (65c66047259f).
-    with Pagemap(pid) as pagemap, _reading(pid), open(f"/proc/{pid}/maps", "rb") as maps:
+    with Pagemap(pid) as pagemap, _reading(pid), os.fdopen(pagemap.open_file("maps"), "rb") as maps:
         mappings = list(_mappings(maps, request.range))
         _check_memory(pid, maps)
         told = _told(pagemap, request.mentioned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from errno import EACCES, EFAULT, EINVAL, ENOENT, EOPNOTSUPP, EPERM, ESRCH
@@ -301,11 +302,30 @@ class PagemapEntry:
         return cls(flags, None, None)
 
 
+def _pid_of(pidfd: int) -> int:
+    """In this pid namespace. It stays the process's own until that is reaped."""
+    no_pidfd = InvalidArgumentError(f"{pidfd!r} is no pidfd of a process that has a pid here").with_hint(
+        "give what os.pidfd_open() returned"
+    )
+    try:
+        with open(f"/proc/self/fdinfo/{operator.index(pidfd)}", encoding="ascii", errors="replace") as info:
+            fields = dict(line.partition(":")[::2] for line in info)
+    except FileNotFoundError as error:
+        raise no_pidfd from error
+    pid = int(fields.get("Pid", "0"))
+    if not pid:
+        raise no_pidfd
+    if pid < 0:
+        raise TargetGoneError.make(ESRCH, "pidfd", "its process ended", hint="its pid may be another process by now")
+    return pid
+
+
 class Pagemap:
     """GET on any process whose memory may be read (PTRACE_MODE_READ; checked once, here).
 
     The descriptor stays with the memory it was opened on: after an exec or the end of the process it answers nothing
-    (TargetGoneError), never for whoever has its pid next. Any thread may use it.
+    (TargetGoneError), never for whoever has its pid next. Which process a pid means is settled once, here; `from_pidfd`
+    leaves no doubt. Any thread may use it.
 
     Args:
         pid: A process id, or "self".
@@ -317,25 +337,59 @@ class Pagemap:
     """
 
     def __init__(self, pid: int | Literal["self"] = "self") -> None:
-        self._fd = self._maps = -1
+        self._process = self._fd = self._maps = -1
         if pid != "self" and (isinstance(pid, (str, float, bool)) or pid <= 0):
             raise InvalidArgumentError(f"{pid!r} is not a process id").with_hint('give a positive number, or "self"')
         self._own = pid in ("self", os.getpid())
         self.pid = pid
-        self._fd = self._open("pagemap")
         try:
+            self._fd = self._open("pagemap")
             self._check_memory()
             self._ioctl = probe().supports(Feature.PAGEMAP_SCAN)
             if not self._ioctl:
-                self._maps = self._open("maps")
+                self._maps = self.open_file("maps")
         except BaseException:
             self.close()
             raise
 
+    @classmethod
+    def from_pidfd(cls, pidfd: int) -> Self:
+        """Open the pagemap of the process that a pidfd stands for, and of no other, whatever became of its pid.
+
+        The pidfd stays the caller's.
+
+        Raises:
+            InvalidArgumentError: It is no pidfd, or of a process that has no pid here (another pid namespace).
+
+            TargetGoneError, AccessError: As for a pid.
+
+        Source: pidfd_open(2); kernel/fork.c, pidfd_show_fdinfo.
+        """
+        pid = _pid_of(pidfd)
+        made = cls(pid)
+        try:
+            # Still the same: it was not reaped meanwhile, so its pid was its own when it was opened.
+            _pid_of(pidfd)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def open_file(self, name: str) -> int:
+        """Open /proc/PID/*name* of this process, to be read. The descriptor is the caller's.
+
+        Raises:
+            AccessError, TargetGoneError, ClosedError: As for the object itself.
+        """
+        self.fileno()
+        return self._open(name)
+
     def _open(self, name: str) -> int:
         path = f"/proc/{self.pid}/{name}"
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if self._process < 0:
+                self._process = os.open(f"/proc/{self.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._process)
         except OSError as error:
             number = error.errno or 0
             if number in (ENOENT, ESRCH):
@@ -370,7 +424,7 @@ class Pagemap:
 
     def close(self) -> None:
         """Close the descriptors. Idempotent."""
-        fds, self._fd, self._maps = (self._fd, self._maps), -1, -1
+        fds, self._process, self._fd, self._maps = (self._process, self._fd, self._maps), -1, -1, -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)

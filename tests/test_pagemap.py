@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 
 import pytest
+from children import in_child, plain
 from conftest import PAGE, Flavour, disable, lacking, libc, need, pages_of, private, write
 
 from pagemapcompat import (
@@ -37,6 +42,7 @@ pytestmark = pytest.mark.kernel
 C = PageCategory
 TELLABLE = C.FILE | C.PRESENT | C.SWAPPED
 PRESENT = ScanQuery(all_of=C.PRESENT, report=TELLABLE)
+CLONE3 = 435  # on every architecture
 
 
 @pytest.fixture(params=["ioctl", "words"])
@@ -297,6 +303,70 @@ def test_another_process(source: str, other: tuple[subprocess.Popen[str], Addres
             assert len(gone) == 0
 
 
+def test_from_a_pidfd(source: str, other: tuple[subprocess.Popen[str], AddressRange]) -> None:
+    """As from its pid while it lives, and never once it has ended."""
+    child, memory = other
+    pidfd = os.pidfd_open(child.pid)
+    with Pagemap.from_pidfd(pidfd) as pagemap:
+        assert pagemap.pid == child.pid
+        assert indices(pagemap.scan(memory, PRESENT), memory.start) == {4, 5}
+    child.kill()
+    child.wait()
+    with pytest.raises(TargetGoneError):
+        Pagemap.from_pidfd(pidfd)
+    os.close(pidfd)
+    with pytest.raises(InvalidArgumentError, match=f"{pidfd} is no pidfd"):
+        Pagemap.from_pidfd(pidfd)
+    with open(os.devnull, "rb") as null, pytest.raises(InvalidArgumentError, match="is no pidfd"):
+        Pagemap.from_pidfd(null.fileno())
+
+
+def test_a_pid_used_again(source: str) -> None:
+    """What was opened on a process says nothing of the next one with its pid."""
+
+    def check() -> None:
+        first = waiting()
+        pidfd = os.pidfd_open(first)
+        pagemap = Pagemap(first)
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        assert waiting(first) == first
+        for call in (
+            lambda: pagemap.open_file("maps"),
+            lambda: list(pagemap.entries(memory)),
+            lambda: Pagemap.from_pidfd(pidfd),
+        ):
+            with pytest.raises(TargetGoneError):
+                call()
+        with Pagemap(first) as another:
+            assert list(another.scan(memory, PRESENT))
+
+    memory = private(4)
+    write(memory, *range(4))
+    if not may_choose_pids():
+        lacking("chosen-pids", "clone3() with a chosen pid is refused", "CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE")
+    in_child(check)
+
+
+def waiting(pid: int = 0) -> int:
+    """A forked child that waits to be killed; with a pid of our choice, or -errno where it may not be chosen."""
+    wanted = array("i", [pid])
+    # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size
+    arguments = array("Q", [0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, wanted.buffer_info()[0], 1] if pid else [0] * 10)
+    arguments[4] = signal.SIGCHLD
+    address, count = arguments.buffer_info()
+    made = int(plain.syscall(CLONE3, ctypes.c_void_p(address), ctypes.c_size_t(8 * count)))
+    if made == 0:
+        while True:
+            signal.pause()
+    return made if made > 0 else -ctypes.get_errno()
+
+
+def may_choose_pids() -> bool:
+    """Whether clone3() takes a pid, by asking for one that is taken (EEXIST)."""
+    return waiting(os.getpid()) == -errno.EEXIST
+
+
 def test_a_process_without_memory(source: str) -> None:
     """A zombie is gone already; asking for its pages must not be left to the kernel, which some broke over."""
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
@@ -339,7 +409,12 @@ def test_a_closed_pagemap(pagemap: Pagemap) -> None:
     """Says so; closing twice is fine."""
     pagemap.close()
     pagemap.close()
-    for call in (pagemap.fileno, lambda: pagemap.scan(private(1), PRESENT), lambda: list(pagemap.entries(private(1)))):
+    for call in (
+        pagemap.fileno,
+        lambda: pagemap.open_file("maps"),
+        lambda: pagemap.scan(private(1), PRESENT),
+        lambda: list(pagemap.entries(private(1))),
+    ):
         with pytest.raises(ClosedError):
             call()
 
