@@ -260,7 +260,7 @@ def test_nothing_is_lost_with_readers_and_writers_in_threads(flavour: Flavour, k
                 mirror.merge(mirror.ram.collect())
 
     def scenario() -> None:
-        sys.setswitchinterval(0.00005)  # else a reader waits for the GIL most of the time
+        sys.setswitchinterval(0.0003)  # else a reader waits for the GIL most of the time
         with flavour.tracker() as tracker:
             memory = memory_of(kind, PAGES)
             ram = tracker.track(memory)

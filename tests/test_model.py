@@ -247,7 +247,7 @@ class Program:
 
 def explore(flavour: Flavour, kind: str, examples: int, steps: int) -> None:
     """Random programs of so many steps or twice as many, always the same ones."""
-    sys.setswitchinterval(0.00005)  # the writers hold the GIL nearly all the time
+    sys.setswitchinterval(0.0003)  # the writers hold the GIL nearly all the time
 
     @settings(
         max_examples=examples,

@@ -568,14 +568,25 @@ def test_a_forked_child_does_not_wait(flavour: Flavour) -> None:
 def test_long_chains(tracker: DirtyTracker) -> None:
     """However they are dropped."""
     memory = private(1)
-    ram = tracker.track(memory)
-    chain = []
-    for _ in range(1100):  # more than Python may call itself deep
-        write(memory, 0)
-        chain.append(ram.snapshot())
-    for one in reversed(chain):
-        one.drop()
-    assert ram.snapshot().parent is None
+
+    def scenario() -> None:
+        sys.setrecursionlimit(150)
+        ram = tracker.track(memory)
+        chain = []
+        for _ in range(200):
+            write(memory, 0)
+            chain.append(ram.snapshot())
+        for one in reversed(chain):
+            one.drop()
+        assert ram.snapshot().parent is None
+
+    thread = Crew()  # its calls are not as deep as pytest's
+    thread.add(scenario)
+    limit = sys.getrecursionlimit()
+    try:
+        thread.join()
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_rearming(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
@@ -605,7 +616,7 @@ def test_writers_are_found_out(flavour: Flavour) -> None:
             memory[dice.randrange(len(memory))] = dice.randrange(256)
 
     def scenario() -> None:
-        sys.setswitchinterval(0.00005)  # else a restore waits for the GIL most of the time
+        sys.setswitchinterval(0.0003)  # else a restore waits for the GIL most of the time
         with flavour.tracker() as tracker:
             memory = private(PAGES)
             write(memory, *range(PAGES))
