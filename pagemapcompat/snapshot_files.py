@@ -136,7 +136,7 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
 # -- Reading ---------------------------------------------------------------------------------------------------
 
 
-def read(path: StrPath) -> Loaded:
+def read(path: StrPath, max_bytes: int | None) -> Loaded:
     """See `Snapshot.load`."""
     path = os.fsdecode(path)
     # Without O_NONBLOCK, opening a FIFO waits for its writer.
@@ -145,7 +145,7 @@ def read(path: StrPath) -> Loaded:
         source = _Source(path, file, status.st_size)
         if not stat.S_ISREG(status.st_mode):
             raise source.error("is no regular file", "copy what it delivers into one")
-        loaded = _load(source)
+        loaded = _load(source, max_bytes)
         if source.left or file.read(source.digest.digest_size) != source.digest.digest():
             raise source.error("is not what was saved: the checksum differs")
         return loaded
@@ -172,7 +172,7 @@ class _Source:
         return SnapshotFileError(f"{self._path!r} {what}").with_hint(hint)
 
 
-def _load(source: _Source) -> Loaded:
+def _load(source: _Source, max_bytes: int | None) -> Loaded:
     flags, where, length, count = _header(source)
     read_content = _inflating(source) if flags & _ZSTD else source.read
     image = _kernel.image_create(where.pages)
@@ -183,6 +183,9 @@ def _load(source: _Source) -> Loaded:
         else:
             _kernel.image_miss(image, first, run)
     announced = sum(run for _, run in held) << PAGE_SHIFT
+    if max_bytes is not None and announced > max_bytes:
+        hint = "load it with a greater max_bytes, if you trust it"
+        raise source.error(f"announces {announced} bytes of content, and max_bytes is {max_bytes}", hint)
     if not flags & _ZSTD and announced != source.left:
         raise source.error(f"has {source.left} bytes of content where {announced} are announced")
     for first, run in held:

@@ -177,21 +177,26 @@ class Snapshot:
         snapshot_files.write(path, self.image, self.range, self._length, compression)
 
     @classmethod
-    def load(cls, path: snapshot_files.StrPath) -> Snapshot:
+    def load(cls, path: snapshot_files.StrPath, *, max_bytes: int | None = None) -> Snapshot:
         """Read a file that `save` wrote, into a snapshot without a parent.
 
         Files of strangers cannot do more than take time and memory. They can take as much as they announce, and a
         compressed one announces more than its size.
 
+        Args:
+            path: The file.
+
+            max_bytes: How much content to take; more is refused before any of it is read.
+
         Raises:
-            SnapshotFileError: It is no snapshot, of a newer version or of another page size, or was truncated or
-                altered.
+            SnapshotFileError: It is no snapshot, of a newer version or of another page size, was truncated or altered,
+                or announces more than *max_bytes*.
 
             OSError: It cannot be opened or read.
 
             MissingPackageError: It is compressed, and zstandard is not installed.
         """
-        loaded = snapshot_files.read(path)
+        loaded = snapshot_files.read(path, max_bytes)
         return cls(loaded.image, loaded.where, loaded.length)
 
     def check_fits(self, length: int) -> None:

@@ -78,10 +78,10 @@ def assert_equal(a: Snapshot, b: Snapshot) -> None:
     assert a.missing() == b.missing()
 
 
-def refuse(path: Path, *words: str) -> SnapshotFileError:
+def refuse(path: Path, *words: str, max_bytes: int | None = None) -> SnapshotFileError:
     """Load it in vain. The error names it, says what is wrong, and what to do."""
     with pytest.raises(SnapshotFileError) as caught:
-        Snapshot.load(path)
+        Snapshot.load(path, max_bytes=max_bytes)
     for word in (repr(str(path)), *words):
         assert word in str(caught.value)
     assert caught.value.hint

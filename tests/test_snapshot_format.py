@@ -185,6 +185,24 @@ def test_a_bomb_is_not_set_off(tmp_path: Path) -> None:
     in_child(with_memory, 64 << 20, refuse, tmp_path / "file", "more content")
 
 
+def test_no_more_than_is_allowed(tmp_path: Path) -> None:
+    """A bomb that announces what is in it is refused by what the caller allows, before any of it is read."""
+    pages = 1 << 16
+    compressor = zstandard().ZstdCompressor().compressobj()
+    blow = page(1) * 256
+    bomb = b"".join([*(compressor.compress(blow) for _ in range(pages // 256)), compressor.flush()])
+    (tmp_path / "file").write_bytes(by_hand([(0, pages, HELD)], bomb, flags=1, length=pages * PAGE))
+
+    def allowed() -> None:
+        refuse(tmp_path / "file", f"{pages * PAGE} bytes", f"{pages * PAGE - 1}", max_bytes=pages * PAGE - 1)
+
+    in_child(with_memory, 64 << 20, allowed)
+    small = by_hand([(0, 2, HELD)], page(1) + page(2))
+    (tmp_path / "small").write_bytes(small)
+    assert Snapshot.load(tmp_path / "small", max_bytes=2 * PAGE).pages == 2
+    refuse(tmp_path / "small", "max_bytes is 0", max_bytes=0)
+
+
 def test_a_window_beyond_the_format_is_refused(tmp_path: Path) -> None:
     """It would be allocated whatever the content."""
     module = zstandard()
