@@ -46,6 +46,9 @@ def raise_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn
                 if in_memory
                 else f"{backend} does not track files; backend pagemap-scan does (Linux 6.7)"
             )
+            if path.startswith("/SYSV"):
+                # Seen on 7.3.4 in huge pages, unless the userfaultfd is asynchronous; a memfd's are taken there.
+                hint += "; some newer kernels (7.3.4) refuse that of shmget(2): use memfd_create(2), or pagemap-scan"
             raise NotTrackableError.make(
                 EINVAL,
                 operation,

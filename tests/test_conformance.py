@@ -410,6 +410,7 @@ def test_each_kind_of_memory(
                 tracker.track(memory)
             assert (caught.value.errno, caught.value.operation) == (EINVAL, "UFFDIO_REGISTER")
             assert caught.value.hint
+            assert ("memfd_create" in caught.value.hint) == (kind.map is sysv_hugetlb)
             return
         ram = tracker.track(memory)
         unit = ram.granularity // PAGE
