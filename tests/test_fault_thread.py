@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from children import Crew, Mirror, in_child
-from conftest import PAGE, Flavour, flavours, libc, pages_of, private, use_flavour, write
+from conftest import PAGE, Flavour, flavours, lacking, libc, pages_of, private, run_child, use_flavour, write
 
 from pagemapcompat import ClosedError, DirtyTracker, FaultThreadError, KernelError
 
@@ -199,3 +202,25 @@ def test_the_fault_thread_takes_no_signal(uffd_wp: Flavour) -> None:
             assert name.read().startswith("pagemapcompat"[:15])
     for number in (1, 2, 10, 14, 15):
         assert int(blocked, 16) >> (number - 1) & 1
+
+
+@pytest.mark.parametrize("kib", [120, 254, 4096])
+def test_thread_local_storage_of_any_size(kib: int, tmp_path: Path) -> None:
+    """It starts, and resolves, in a program whose libraries have more of it than fits the stack it starts with."""
+    source, library = tmp_path / "large.c", tmp_path / "large.so"
+    source.write_text(f"__thread char large[{kib} << 10] = {{1}};")
+    if not shutil.which("gcc"):
+        lacking("cc", "no C compiler (ENOENT)", "apt-get install gcc")
+    options = ["-shared", "-fPIC", "-ftls-model=initial-exec"]
+    subprocess.run(["gcc", *options, source, "-o", library], check=True, timeout=60)
+    program = """
+        import mmap
+        from pagemapcompat import DirtyTracker
+        with DirtyTracker("uffd-wp") as tracker:
+            memory = mmap.mmap(-1, 4 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            ram = tracker.track(memory)
+            memory[2 * mmap.PAGESIZE] = 1
+            assert list(ram.collect().page_indices()) == [2]
+            assert tracker.statistics().faults >= 1
+        """
+    run_child(program, env={"LD_PRELOAD": str(library)})

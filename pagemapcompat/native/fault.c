@@ -22,7 +22,8 @@
 
 #include "internal.h"
 
-#define STACK_SIZE (256 << 10) // glibc puts the thread-local storage of every loaded library there too
+#define STACK_SIZE (128 << 10) // and twice as much until it is enough
+#define STACK_LIMIT (256 << 20)
 #define MESSAGES 16
 #define STOP_SECONDS 3
 
@@ -159,6 +160,31 @@ static int hang_bell(struct pmc_tracker *tracker)
 	return rc ? rc : pmc_uffd_writeprotect(tracker->uffd, bell, bell + size, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
+// glibc is told of the upper half. It refuses one that does not hold what it puts there, the thread-local storage of the program and
+// its libraries, and 2 KiB more (nptl/allocatestack.c); the lower half is there in case that is all it leaves.
+static int start_on_stack(struct pmc_tracker *tracker, size_t size)
+{
+	pthread_attr_t attr;
+	sigset_t all, before;
+	tracker->stack_size = 2 * size;
+	tracker->stack = pmc_pages_alloc(2 * size);
+	if (!tracker->stack)
+		return -ENOMEM;
+	int rc = pthread_attr_init(&attr);
+	if (rc)
+		return -rc;
+	sigfillset(&all);
+	rc = pthread_attr_setstack(&attr, (char *)tracker->stack + size, size);
+	if (!rc)
+		rc = pthread_sigmask(SIG_SETMASK, &all, &before);
+	if (!rc) {
+		rc = pthread_create(&tracker->thread, &attr, fault_thread, tracker);
+		pthread_sigmask(SIG_SETMASK, &before, NULL);
+	}
+	pthread_attr_destroy(&attr);
+	return -rc;
+}
+
 int pmc_fault_thread_start(struct pmc_tracker *tracker)
 {
 	int flags = fcntl(tracker->uffd, F_GETFL);
@@ -167,26 +193,13 @@ int pmc_fault_thread_start(struct pmc_tracker *tracker)
 	int rc = hang_bell(tracker);
 	if (rc)
 		return rc;
-	tracker->stack_size = STACK_SIZE;
-	tracker->stack = pmc_pages_alloc(STACK_SIZE);
-	if (!tracker->stack)
-		return -ENOMEM;
-	pthread_attr_t attr;
-	rc = pthread_attr_init(&attr);
-	if (rc)
-		return -rc;
-	sigset_t all, before;
-	sigfillset(&all);
-	rc = pthread_attr_setstack(&attr, tracker->stack, tracker->stack_size);
-	if (!rc)
-		rc = pthread_sigmask(SIG_SETMASK, &all, &before);
-	if (!rc) {
-		rc = pthread_create(&tracker->thread, &attr, fault_thread, tracker);
-		pthread_sigmask(SIG_SETMASK, &before, NULL);
+	size_t size = STACK_SIZE;
+	while ((rc = start_on_stack(tracker, size)) == -EINVAL && size < STACK_LIMIT) {
+		pmc_pages_free(tracker->stack, tracker->stack_size);
+		size *= 2;
 	}
-	pthread_attr_destroy(&attr);
 	if (rc)
-		return -rc;
+		return rc;
 	tracker->thread_started = true;
 	// A name for debuggers; failing to set it harms nothing.
 	(void)pthread_setname_np(tracker->thread, "pagemapcompat");

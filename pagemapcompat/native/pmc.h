@@ -143,7 +143,7 @@ int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64
 // Unregisters. Idempotent.
 int pmc_range_close(struct pmc_range *range);
 void pmc_range_destroy(struct pmc_range *range);
-// Kinds of memory in it, and the size of its largest page in bytes.
+// Kinds of memory in it, and the size of its largest page in bytes; a rearm may change both. In a forked child: 0, like the next.
 uint32_t pmc_range_kinds(struct pmc_range *range);
 uint64_t pmc_range_granularity(struct pmc_range *range);
 // 1 if every page could carry a mark when it was last armed, so that reads are never taken for writes.

@@ -149,6 +149,14 @@ static int classify(struct pmc_range *range, bool sizes)
 	return 0;
 }
 
+static uint32_t kinds_of(const struct pmc_range *range)
+{
+	uint32_t kinds = 0;
+	for (uint32_t i = 0; i < range->piece_count; i++)
+		kinds |= range->pieces[i].kind;
+	return kinds;
+}
+
 // Once the fault thread is gone nobody would answer the faults of what it has not unregistered.
 static int check_fault_thread(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 {
@@ -167,7 +175,7 @@ static int register_stretch(struct pmc_range *range, uint64_t start, uint64_t en
 	if (rc)
 		return rc;
 	// Only hugetlb memory takes no UFFDIO_ZEROPAGE (fs/userfaultfd.c: UFFD_API_RANGE_IOCTLS_BASIC).
-	bool huge = !(ioctls >> UFFDIO_ZEROPAGE_BIT & 1) || pmc_range_kinds(range) & PMC_KIND_HUGETLB;
+	bool huge = !(ioctls >> UFFDIO_ZEROPAGE_BIT & 1) || kinds_of(range) & PMC_KIND_HUGETLB;
 	rc = classify(range, huge);
 	if (rc) {
 		const char *operation = tracker->operation;
@@ -324,25 +332,39 @@ void pmc_range_destroy(struct pmc_range *range)
 	pmc_range_put(range);
 }
 
+// What is known of the mappings changes with them, under the mutex, which in a forked child may be held for ever.
+static bool lock(struct pmc_range *range)
+{
+	return atomic_load_explicit(range->tracker->alive, memory_order_relaxed) &&
+	       !pthread_mutex_lock(&range->tracker->mutex);
+}
+
 uint32_t pmc_range_kinds(struct pmc_range *range)
 {
-	uint32_t kinds = 0;
-	for (uint32_t i = 0; i < range->piece_count; i++)
-		kinds |= range->pieces[i].kind;
+	if (!lock(range))
+		return 0;
+	uint32_t kinds = kinds_of(range);
+	pthread_mutex_unlock(&range->tracker->mutex);
 	return kinds;
 }
 
 uint64_t pmc_range_granularity(struct pmc_range *range)
 {
+	if (!lock(range))
+		return 0;
 	uint32_t shift = range->tracker->page_shift;
 	for (uint32_t i = 0; i < range->piece_count; i++)
 		if (range->pieces[i].page_shift > shift)
 			shift = range->pieces[i].page_shift;
+	pthread_mutex_unlock(&range->tracker->mutex);
 	return 1ull << shift;
 }
 
 int pmc_range_exact(struct pmc_range *range)
 {
-	return range->exact;
+	if (!lock(range))
+		return 0;
+	bool exact = range->exact;
+	pthread_mutex_unlock(&range->tracker->mutex);
+	return exact;
 }
-

@@ -321,7 +321,8 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		},
 	};
 	// An asynchronous userfaultfd resolves faults in the kernel, which no lock of ours holds off.
-	pass.held = pass.engage && !pmc_is_async(tracker) && (piece->kind == PMC_KIND_SHARED || logs(tracker));
+	// The log is read under it too, by a peek as well.
+	pass.held = !pmc_is_async(tracker) && (logs(tracker) || (pass.engage && piece->kind == PMC_KIND_SHARED));
 	// Where a remapped page may still show its old mark, where nothing shows marks, and where an empty page can have none.
 	bool confirm = logs(tracker) ||
 		       ~tracker->abilities & (PMC_CAN_TRUST_MARKS | PMC_CAN_MARK_EMPTY);
