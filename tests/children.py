@@ -196,4 +196,6 @@ def resources() -> tuple[list[str], int, list[tuple[str, str]]]:
             continue  # that of the listing itself
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         named = [tuple(line.split()[:2]) for line in maps]
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        named = []  # AddressSanitizer maps memory as it goes, and gives none back
     return sorted(descriptors), len(os.listdir("/proc/self/task")), named  # type: ignore[return-value]

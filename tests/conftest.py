@@ -246,7 +246,8 @@ def area() -> Iterator[Callable[..., AddressRange]]:
         libc.munmap(one.start, one.length)
 
 
-_places = itertools.count(1 << 37, 1 << 33)
+_places = itertools.count(1 << 45, 1 << 33)
+"""Above what AddressSanitizer has for itself on x86-64."""
 
 
 def run_child(code: str, *arguments: str, env: dict[str, str] | None = None, seconds: float = CHILD_SECONDS) -> str:
