@@ -225,8 +225,8 @@ def _scans(pagemap: Pagemap, where: AddressRange, category: PageCategory) -> dic
 
 def _shows_pfn(pid: int, pagemap: Pagemap) -> dict[str, Any]:
     starts: list[int] = []
-    with suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
-        starts = [int(line.partition("-")[0], 16) for line in maps if not line.rstrip().endswith("[vsyscall]")]
+    with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+        starts = [int(line.partition(b"-")[0], 16) for line in maps if not line.rstrip().endswith(b"[vsyscall]")]
     for start in starts:
         for entry in pagemap.entries(AddressRange.from_length(start, page_size())):
             if entry.flags & EntryFlag.PRESENT:

@@ -79,7 +79,7 @@ def _huge_page_sizes() -> tuple[int, ...]:
 def _text(path: Path) -> str | None:
     try:
         # The name of a process, in its status, is whatever bytes it likes.
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        return path.read_bytes().decode(errors="replace").strip()
     except OSError:
         return None
 
@@ -93,7 +93,7 @@ def _switch(text: str | None) -> bool | None:
 
 
 def _status() -> dict[str, str]:
-    lines = (_text(Path("/proc/self/status")) or "").splitlines()
+    lines = (_text(Path("/proc/self/status")) or "").split("\n")
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 

@@ -12,7 +12,8 @@ from pagemapcompat.memory import AddressRange, page_size
 def mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
     """(range, permissions, path) of every mapping that touches *memory*."""
     found = []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+    # Nothing else that ends a line for Python is escaped in the name of a file (fs/proc/task_mmu.c: show_map_vma).
+    with open("/proc/self/maps", encoding="utf-8", errors="replace", newline="\n") as maps:
         for line in maps:
             start, end = (int(part, 16) for part in line.partition(" ")[0].split("-"))
             if end <= memory.start:
@@ -68,7 +69,7 @@ def raise_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn
 def _huge_page_size(mapping: AddressRange) -> int:
     """KernelPageSize of a mapping, in bytes, as /proc/self/smaps has it."""
     inside = False
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
+    with open("/proc/self/smaps", encoding="utf-8", errors="replace", newline="\n") as smaps:
         for line in smaps:
             word = line.split(None, 1)[0]
             if "-" in word and not word.endswith(":"):

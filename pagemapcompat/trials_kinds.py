@@ -99,7 +99,8 @@ def _check_on_disk(fd: int) -> None:
     """The pages of a tmpfs are shared memory, and no file's."""
     device = os.fstat(fd).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+    # By newlines alone: of what else ends a line for Python nothing is escaped (fs/proc_namespace.c: mangle).
+    for line in Path("/proc/self/mountinfo").read_bytes().decode(errors="replace").rstrip("\n").split("\n"):
         fields, _, rest = line.partition(" - ")
         if fields.split()[2] == number and rest.split()[0] in {"tmpfs", "devtmpfs", "hugetlbfs"}:
             raise _NowhereError(ENOENT, "the file is in memory, and not on a disk")
