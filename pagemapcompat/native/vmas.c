@@ -130,22 +130,42 @@ static const char *skip_field(const char *text)
 	return text;
 }
 
-// "start-end perms offset device inode path"; in smaps, indented facts follow.
+// "start-end perms " as in "7f12a000-7f12b000 rw-p ". Returns what follows, or NULL.
+static const char *parse_head(const char *at, struct vma *ret, bool *shared)
+{
+	ret->start = parse(&at, 16);
+	if (*at++ != '-')
+		return NULL;
+	ret->end = parse(&at, 16);
+	if (ret->start >= ret->end || strspn(at, " ") != 1 || strcspn(at + 1, " ") != 4)
+		return NULL;
+	at++;
+	ret->protection = (at[0] == 'r' ? PROT_READ : 0) | (at[1] == 'w' ? PROT_WRITE : 0) | (at[2] == 'x' ? PROT_EXEC : 0);
+	*shared = at[3] == 's';
+	return skip_field(at);
+}
+
+// log2 of "KernelPageSize:    4 kB", or 0.
+static uint32_t parse_page_shift(const char *at)
+{
+	at = skip_field(at);
+	uint64_t size = parse(&at, 10) << 10;
+	return size && !(size & (size - 1)) ? (uint32_t)__builtin_ctzll(size) : 0;
+}
+
+// "start-end perms offset device inode path"; in smaps, indented facts follow. -EBADMSG: something else.
 static int text_next(struct vmas *vmas)
 {
 	int rc;
 	char *line = next_line(vmas, &rc);
 	if (!line)
 		return rc;
-	const char *at = line;
+	bool shared;
 	struct vma vma = { .page_shift = vmas->page_shift };
-	vma.start = parse(&at, 16);
-	at++;
-	vma.end = parse(&at, 16);
-	at = skip_field(at);
-	vma.protection = (at[0] == 'r' ? PROT_READ : 0) | (at[1] == 'w' ? PROT_WRITE : 0) | (at[2] == 'x' ? PROT_EXEC : 0);
-	bool shared = at[3] == 's';
-	at = skip_field(skip_field(skip_field(at)));
+	const char *at = parse_head(line, &vma, &shared);
+	if (!at)
+		return -EBADMSG;
+	at = skip_field(skip_field(at));
 	uint64_t inode = parse(&at, 10);
 	// A private mapping of it has an inode, and is anonymous to the kernel all the same (drivers/char/mem.c: mmap_zero).
 	if (!shared && strcmp(skip_field(at), "/dev/zero") == 0)
@@ -157,8 +177,9 @@ static int text_next(struct vmas *vmas)
 			if (!line)
 				return rc;
 			if (strncmp(line, key, sizeof(key) - 1) == 0) {
-				at = skip_field(line);
-				vma.page_shift = (uint32_t)__builtin_ctzll(parse(&at, 10) << 10);
+				vma.page_shift = parse_page_shift(line);
+				if (vma.page_shift < vmas->page_shift)
+					return -EBADMSG;
 			}
 		} while (strncmp(line, last, sizeof(last) - 1) != 0);
 	}
