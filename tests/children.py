@@ -185,6 +185,19 @@ class Raw:
             assert status == 0, f"a forked child ended with {os.waitstatus_to_exitcode(status)}"
 
 
+def hold_fault_thread_back() -> None:
+    """On one CPU, and with every other thread before it, it goes on only once all others sleep."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    (thread,) = (task for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat")
+    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+
+
+def name_of(task: str) -> str:
+    """Of a thread."""
+    with open(f"/proc/self/task/{task}/comm", encoding="ascii") as comm:
+        return comm.read().rstrip()
+
+
 def resources() -> tuple[list[str], int, list[tuple[str, str]]]:
     """Descriptors, threads and anonymous mappings of this process, to be the same before and after."""
     gc.collect()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import pytest
-from children import Crew, Mirror, in_child, memory_of
+from children import Crew, Mirror, hold_fault_thread_back, in_child, memory_of
 from conftest import PAGE, PRIVATE, Flavour, claims, flavours, libc, pages_of, private, write
 
 from pagemapcompat import ClosedError, Guarantee, NotTrackedError, TrackedRange, _kernel
@@ -312,19 +312,6 @@ def test_two_threads_close_at_once(flavour: Flavour) -> None:
                 memory.close()
 
     in_child(check)
-
-
-def hold_fault_thread_back() -> None:
-    """On one CPU, and with every other thread before it, it goes on only once all others sleep."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    (thread,) = (task for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat")
-    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
-
-
-def name_of(task: str) -> str:
-    """Of a thread."""
-    with open(f"/proc/self/task/{task}/comm", encoding="ascii") as comm:
-        return comm.read().rstrip()
 
 
 @pytest.mark.kernel

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from children import in_child, resources
+from children import Crew, in_child, resources
 from conftest import PAGE, PRIVATE, Flavour, libc, pages_of, private, run_child, write
 
 from pagemapcompat import (
@@ -246,6 +246,48 @@ def test_exceptions_leave_a_with_block_closed(flavour: Flavour) -> None:
     with pytest.raises(ClosedError):
         ram.collect()
     memory.close()
+
+
+def test_trackers_come_and_go_in_threads(flavour: Flavour) -> None:
+    """Each is exact, memory that several want has one owner at a time, and nothing is left behind."""
+
+    def check() -> None:
+        wanted = private(8)
+        owned: list[int] = []
+
+        def come_and_go(number: int) -> None:
+            memory = private(16)
+            for _ in range(10):
+                tracker = DirtyTracker(flavour.backend)
+                ram = tracker.track(memory)
+                cursor = ram.cursor()
+                wrote = write(memory, number, 15)
+                try:
+                    with tracker.track(wanted) as mine:
+                        owned.append(number)
+                        write(wanted, 3)
+                        assert pages_of(mine.collect()) == {3}
+                        assert pages_of(mine.collect()) == set()
+                except AlreadyRegisteredError:
+                    pass
+                assert pages_of(cursor.collect()) == pages_of(ram.collect()) == wrote
+                for one in (cursor, ram, tracker) if number % 2 else (tracker, cursor, ram):
+                    one.close()
+            memory.close()
+
+        once(flavour, private(8))
+        before = resources()
+        crew = Crew()
+        for number in range(6):
+            crew.add(come_and_go, number)
+        crew.join()
+        assert owned
+        after = resources()
+        assert before[0] == after[0]
+        assert before[1] == after[1]
+        once(flavour, wanted)
+
+    in_child(check)
 
 
 def test_an_array_pins_its_memory(flavour: Flavour) -> None:
