@@ -333,6 +333,18 @@ def test_empty_memory_stays_empty(tracker: DirtyTracker, area: Callable[..., Add
     assert peeked(used) == b"\x08" * used.length
 
 
+@pytest.mark.parametrize("pages", [1, 15, 16])
+def test_barred_memory_stays_empty(tracker: DirtyTracker, area: Callable[..., AddressRange], pages: int) -> None:
+    """Of a page that cannot be marked while it is empty, even a read would count as a write."""
+    place = area(pages, libc.PROT_NONE)
+    ram = tracker.track(place)
+    first = ram.snapshot()
+    assert pages_of(ram.collect()) == set()
+    assert first.read() == bytes(place.length)
+    assert pages_of(ram.restore(first, verify=True)) == set()
+    assert pages_of(ram.collect()) == set()
+
+
 def part_of(place: AddressRange, first: int, count: int) -> AddressRange:
     """Some pages of it."""
     return AddressRange.from_length(place.start + first * PAGE, count * PAGE)

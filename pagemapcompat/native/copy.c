@@ -108,13 +108,36 @@ static int force(struct copier *copier, uint64_t address, void *bytes)
 	return mprotect(unit, size, vma.protection) ? refused_by(copier, "mprotect", address, -errno) : rc;
 }
 
+// Whether a page is empty and must stay so: it cannot carry a mark, and populated by a read it would count as written. Or -errno.
+static int must_stay_empty(struct copier *copier, uint64_t address)
+{
+	struct pmc_tracker *tracker = copier->tracker;
+	uint64_t word;
+	struct vma vma;
+	if (tracker->abilities & PMC_CAN_MARK_EMPTY)
+		return 0;
+	pmc_vmas_refresh(&tracker->vmas);
+	tracker->operation = "/proc/self/maps";
+	int rc = pmc_vmas_at(&tracker->vmas, address, &vma);
+	if (rc <= 0 || vma.start > address || vma.kind != PMC_KIND_ANON)
+		return rc < 0 ? rc : 0;
+	tracker->operation = "/proc/self/pagemap";
+	rc = pmc_words_read(tracker->pagemap, address, 1, copier->page_shift, copier->page_shift, &word);
+	return rc ? rc : !(word & (PM_WORD_PRESENT | PM_WORD_SWAPPED | PM_WORD_GUARD));
+}
+
 // A page that cannot be read, even by force: there is none, or it is empty, or -EIO.
 static int read_refused(struct copier *copier, uint32_t index)
 {
 	struct pmc_tracker *tracker = copier->tracker;
 	uint64_t word, address = copier->range->start + (copier->pages[index] << copier->page_shift);
 	struct vma vma;
-	int rc = force(copier, address, copier->local[index].iov_base);
+	int rc = must_stay_empty(copier, address);
+	if (rc) {
+		copier->content[index] = PMC_ZERO;
+		return rc < 0 ? rc : 0;
+	}
+	rc = force(copier, address, copier->local[index].iov_base);
 	if (rc)
 		return rc < 0 ? rc : 0;
 	pmc_vmas_refresh(&tracker->vmas);
