@@ -157,14 +157,43 @@ static int take_owed(struct pmc_cursor *cursor, const struct piece *piece, uint6
 	return failed;
 }
 
+// Where the first page of [start, end) is that is owed and was not unmapped since, or end.
+static int next_owed(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t *ret)
+{
+	struct pmc_range *range = cursor->range;
+	struct pmc_tracker *tracker = range->tracker;
+	struct vma vma;
+
+	*ret = end;
+	if (!cursor->owed_count)
+		return 0;
+	uint64_t from = page_index(range, start), last = page_index(range, end);
+	pmc_vmas_refresh(&tracker->vmas);
+	while ((from = pmc_bits_find(cursor->owed, from, last, true)) < last) {
+		uint64_t pos = range->start + (from << tracker->page_shift);
+		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
+		if (rc < 0) {
+			tracker->operation = "/proc/self/maps";
+			return rc;
+		}
+		if (!rc || vma.start >= end)
+			return 0;
+		if (vma.start <= pos) {
+			*ret = pos;
+			return 0;
+		}
+		from = page_index(range, vma.start);
+	}
+	return 0;
+}
+
 // Where the first written or owed page of [start, end) is, or end.
 static int next_written(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t *ret)
 {
 	struct pmc_range *range = cursor->range;
-	uint32_t shift = range->tracker->page_shift;
-	if (cursor->owed_count)
-		end = range->start + (pmc_bits_find(cursor->owed, page_index(range, start), page_index(range, end), true)
-				      << shift);
+	int error = next_owed(cursor, start, end, &end);
+	if (error)
+		return error;
 	for (uint64_t pos = start; pos < end;) {
 		const struct piece *piece = pmc_piece_at(range, pos);
 		int rc = run_engine(range, piece, pos, min_u64(end, piece->end), 0, 1, false, &pos);

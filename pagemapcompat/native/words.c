@@ -323,8 +323,9 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 	// An asynchronous userfaultfd resolves faults in the kernel, which no lock of ours holds off.
 	// The log is read under it too, by a peek as well.
 	pass.held = !pmc_is_async(tracker) && (logs(tracker) || (pass.engage && piece->kind == PMC_KIND_SHARED));
-	// Where a remapped page may still show its old mark, where nothing shows marks, and where an empty page can have none.
-	bool confirm = logs(tracker) ||
+	// Where a remapped page may still show its old mark, where nothing shows marks, and where an empty or a guard page can have
+	// none.
+	bool confirm = logs(tracker) || range->quiet_used ||
 		       ~tracker->abilities & (PMC_CAN_TRUST_MARKS | PMC_CAN_MARK_EMPTY);
 	sigset_t signals;
 	uint64_t pos = arg->start, chunk = (uint64_t)PMC_WORDS << piece->page_shift;
