@@ -3,7 +3,7 @@
 //     driver HOW FEATURES ABILITIES KIND ROUNDS
 //
 // HOW is PMC_UFFD_*, FEATURES and ABILITIES are bit masks, KIND is private, shared or mixed (several mappings of several
-// kinds, and a hole). Each page belongs to one writer, who counts in it until the readers have collected ROUNDS times. Each
+// kinds, and a barred page). Each page belongs to one writer, who counts in it until the readers have collected ROUNDS times. Each
 // reader keeps the counts it saw in pages that were collected for it; when it has collected once more after the writers
 // ended, those must be the counts in memory.
 #define _GNU_SOURCE
@@ -88,7 +88,7 @@ static atomic_ullong *count_of(const struct drive *drive, uint64_t page)
 	return (atomic_ullong *)(uintptr_t)(drive->start + page * drive->page);
 }
 
-static bool is_hole(const struct drive *drive, uint64_t page)
+static bool is_nobodys(const struct drive *drive, uint64_t page)
 {
 	return page >= PAGES - SPARE || (strcmp(drive->kind, "mixed") == 0 && page == PAGES / 2);
 }
@@ -115,7 +115,8 @@ static void map_memory(struct drive *drive)
 	if (mixed) {
 		map(drive->start + 16 * drive->page, 8 * drive->page, MAP_PRIVATE); // one that does not merge everywhere
 		map(drive->start + 32 * drive->page, 8 * drive->page, MAP_SHARED);
-		munmap((void *)(uintptr_t)(drive->start + PAGES / 2 * drive->page), drive->page);
+		// Not unmapped: a sanitizer's own pages would come and go in the hole.
+		mprotect((void *)(uintptr_t)(drive->start + PAGES / 2 * drive->page), drive->page, PROT_NONE);
 	}
 }
 
@@ -127,7 +128,7 @@ static void *write_pages(void *arg)
 	struct drive *drive = job->drive;
 	while (atomic_load(&drive->reading)) {
 		uint64_t page = pick(job, PAGES / WRITERS) * WRITERS + job->number;
-		if (!is_hole(drive, page))
+		if (!is_nobodys(drive, page))
 			atomic_fetch_add_explicit(count_of(drive, page), 1, memory_order_relaxed);
 	}
 	return NULL;
@@ -140,7 +141,7 @@ static void note(struct drive *drive, struct reader *reader, const struct pmc_re
 		uint64_t first = (result->regions[i].start - drive->start) / drive->page;
 		uint64_t last = (result->regions[i].end - drive->start) / drive->page;
 		for (uint64_t page = first; page < last; page++) {
-			if (is_hole(drive, page))
+			if (is_nobodys(drive, page))
 				continue;
 			unsigned long long now = atomic_load(count_of(drive, page)), before = atomic_load(&reader->seen[page]);
 			while (before < now && !atomic_compare_exchange_weak(&reader->seen[page], &before, now))
@@ -270,7 +271,7 @@ static void *write_until_told(void *arg)
 	struct job *job = arg;
 	while (!atomic_load(&job->drive->stop)) {
 		uint64_t page = pick(job, PAGES);
-		if (!is_hole(job->drive, page))
+		if (!is_nobodys(job->drive, page))
 			atomic_fetch_add_explicit(count_of(job->drive, page), 1, memory_order_relaxed);
 	}
 	return NULL;
@@ -321,7 +322,7 @@ static void open_tracker(struct drive *drive, int how, uint64_t features, uint32
 static void check_counts(struct drive *drive, const struct reader *reader, const char *when)
 {
 	for (uint64_t page = 0; page < PAGES; page++)
-		if (!is_hole(drive, page) && atomic_load(&reader->seen[page]) != atomic_load(count_of(drive, page)))
+		if (!is_nobodys(drive, page) && atomic_load(&reader->seen[page]) != atomic_load(count_of(drive, page)))
 			fail("%s: page %llu has %llu writes and %llu were seen", when, (unsigned long long)page,
 			     atomic_load(count_of(drive, page)), atomic_load(&reader->seen[page]));
 }
@@ -346,8 +347,8 @@ static void restore(struct drive *drive)
 	capture(drive, copier->cursor);
 	compare(drive, "captured", true);
 	for (uint64_t page = 0; page < PAGES; page++) {
-		atomic_store(&copier->seen[page], is_hole(drive, page) ? 0 : atomic_load(count_of(drive, page)));
-		if (!is_hole(drive, page))
+		atomic_store(&copier->seen[page], is_nobodys(drive, page) ? 0 : atomic_load(count_of(drive, page)));
+		if (!is_nobodys(drive, page))
 			atomic_fetch_add(count_of(drive, page), 1000);
 	}
 	compare(drive, "written", false);
@@ -426,7 +427,7 @@ int main(int count, char **arguments)
 		collects += atomic_load(&drive.readers[i].collects);
 	}
 	for (uint64_t page = 0; page < PAGES; page++)
-		written += is_hole(&drive, page) ? 0 : atomic_load(count_of(&drive, page));
+		written += is_nobodys(&drive, page) ? 0 : atomic_load(count_of(&drive, page));
 	restore(&drive);
 	close_tracker(&drive);
 	if (pages_outstanding())
