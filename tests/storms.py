@@ -174,6 +174,7 @@ class Reader:
     def __init__(self, storm: Storm, cursor: Cursor, row: int) -> None:
         self.storm = storm
         self.cursor = cursor
+        self.row = row
         self.checked = storm.checked[row]
         self.lock = threading.Lock()
         self.rounds = self.collects = self.pages = 0
@@ -250,6 +251,7 @@ class Reader:
 
     def round_among_interrupts(self) -> None:
         """What a call did not return comes with a later one."""
+        self.storm.patience = 4  # else on a busy machine each attempt is interrupted, for ever
         while True:
             try:
                 self.attempt()
@@ -263,7 +265,7 @@ class Reader:
         lost = np.argwhere(self.accounted < due)
         if len(lost):
             self.storm.fail(
-                f"{len(lost)} numbers were written and not reported: "
+                f"{len(lost)} numbers were written and not reported to reader {self.row}: "
                 + ", ".join(
                     f"{due[w, p]} of {self.storm.mix.writers[w]} in page {p} (reported until {self.accounted[w, p]})"
                     for w, p in lost[:5]
@@ -273,7 +275,7 @@ class Reader:
         wrong = np.argwhere((self.storm.begun == due) & (held != due) & self.storm.steady)
         if len(wrong):
             self.storm.fail(
-                f"{len(wrong)} numbers were reported and not there: "
+                f"{len(wrong)} numbers were reported to reader {self.row} and not there: "
                 + ", ".join(
                     f"{held[w, p]} instead of {due[w, p]} of {self.storm.mix.writers[w]} in page {p}"
                     for w, p in wrong[:5]
@@ -299,7 +301,7 @@ class Reader:
         """The copy is the memory."""
         differ = np.argwhere((self.copy != self.storm.words).any(axis=1) & self.storm.steady).ravel()
         if len(differ):
-            self.storm.fail(f"pages {differ.tolist()} differ from the copy")
+            self.storm.fail(f"pages {differ.tolist()} differ from the copy of reader {self.row}")
 
 
 class Storm:
@@ -319,7 +321,7 @@ class Storm:
         self.slots = [number * (PAGE // WORD - 1) // max(1, writers - 1) for number in range(writers)]
         discards = "discard" in mix.troubles or "refill" in mix.writers
         self.steady = np.array([not (discards and page % GROUP == DISCARDED) for page in range(pages)])
-        self.writes = self.accounted = self.interrupts = 0
+        self.writes = self.accounted = self.interrupts = self.patience = 0
         self.failed = False
         self.readers: list[Reader] = []
         self.snapshots: list[Snapshot] = []
@@ -485,7 +487,8 @@ class Storm:
     def on_interrupt(self, _number: int, frame: FrameType | None) -> None:
         """What Python's own handler does, inside of `Reader.attempt` and nowhere else."""
         while frame is not None:
-            if frame.f_code is Reader.attempt.__code__:
+            if frame.f_code is Reader.attempt.__code__ and self.patience:
+                self.patience -= 1
                 raise KeyboardInterrupt
             frame = frame.f_back
 

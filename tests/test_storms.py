@@ -141,7 +141,9 @@ def test_a_lost_write_is_found(
     mix = reduced(flavour, Mix(writers=("store", "add", "held")))
 
     def go() -> None:
-        with pytest.raises(Finding, match=r"seed 7, .* numbers were written and not reported: \d+ of \w+ in page \d+"):
+        with pytest.raises(
+            Finding, match=r"seed 7, .* numbers were written and not reported to reader 0: \d+ of \w+ in page \d+"
+        ):
             Storm(flavour, mix, 7).run(100_000)
 
     library()
@@ -163,7 +165,9 @@ def test_a_lost_content_is_found(flavour: Flavour, monkeypatch: pytest.MonkeyPat
             reader.copy[5] = 99
 
         monkeypatch.setattr(Reader, "note", spoil)
-        with pytest.raises(Finding, match=r"seed 8, .* numbers were reported and not there: 99 instead of \d"):
+        with pytest.raises(
+            Finding, match=r"seed 8, .* numbers were reported to reader 0 and not there: 99 instead of \d"
+        ):
             Storm(flavour, mix, 8).run(10)
 
     library()

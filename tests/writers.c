@@ -260,8 +260,9 @@ int storm_write(struct writer *writer)
 		if (!rc) {
 			store(&writer->done[page], number);
 			store(writer->count, load(writer->count) + 1);
-		} else if (rc == -EFAULT && page % writer->group == writer->barred) {
-			rc = 0;
+		} else if ((rc == -EFAULT && page % writer->group == writer->barred) ||
+			   (writer->kind == URING && rc == -ECANCELED)) {
+			rc = 0; // barred; or a signal came before the kernel's thread began
 		}
 	}
 	means_close(&means);
