@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -106,6 +107,21 @@ def need_shared() -> None:
 def disable(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Switch features off for this test."""
     monkeypatch.setenv("PAGEMAPCOMPAT_DISABLE", ",".join([*DISABLED, *names]))
+
+
+@contextlib.contextmanager
+def environment(flavour: Flavour) -> Iterator[None]:
+    """With what a flavour lacks switched off."""
+    name = "PAGEMAPCOMPAT_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = ",".join([*DISABLED, *flavour.disabled])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def use_flavour(chosen: Flavour, monkeypatch: pytest.MonkeyPatch) -> Flavour:

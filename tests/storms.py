@@ -32,7 +32,7 @@ from typing import Any
 import attrs
 import numpy as np
 from children import Crew, plain
-from conftest import DISABLED, FLAVOURS, PAGE, Flavour
+from conftest import FLAVOURS, PAGE, Flavour, environment
 
 from pagemapcompat import Cursor, Feature, Guarantee, ScanResult, Snapshot, TrackedRange, probe
 
@@ -590,21 +590,6 @@ class Storm:
 
 
 # ---- What to run ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def environment(flavour: Flavour) -> Iterator[None]:
-    """With what a flavour lacks switched off."""
-    name = "PAGEMAPCOMPAT_DISABLE"
-    before = os.environ.get(name)
-    os.environ[name] = ",".join([*DISABLED, *flavour.disabled])
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def lacking_for(flavour: Flavour, mix: Mix) -> dict[str, str]:

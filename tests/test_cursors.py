@@ -112,6 +112,22 @@ def test_max_pages_and_parts(tracker: DirtyTracker) -> None:
     assert pages_of(ram.collect()) == {2, 62, 80}
 
 
+def test_a_limit_is_not_reached_by_what_was_unmapped(tracker: DirtyTracker, area) -> None:
+    """Pages that are owed and gone are no reason to come again."""
+    ram = tracker.track(area(PAGES))
+    second = ram.cursor()
+    for page in (1, 5, 6, 9):
+        libc.fill(ram.range.start + page * PAGE)
+    ram.collect()
+    for page in (5, 9):
+        libc.munmap(ram.range.start + page * PAGE, PAGE)
+    for ask in (second.peek, second.collect):
+        assert ask(max_pages=1).resume_at == 6 * PAGE
+    for ask in (second.peek, second.collect):
+        assert pages_of(ask(max_pages=1)) == {6}
+    assert pages_of(second.collect(max_pages=1)) == set()
+
+
 def test_untracked_memory(flavour: Flavour, area) -> None:
     """The error takes nothing from the other readers, nor does their policy."""
     with flavour.tracker() as strict:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from children import Crew, Mirror, in_child
-from conftest import PAGE, PRIVATE, Flavour, flavours, libc, need_shared, pages_of, private, write
+from conftest import PAGE, PRIVATE, Flavour, flavours, lacking, libc, need_shared, pages_of, private, write
 from test_kinds import HUGE, HUGE_PAGES, pool  # noqa: F401 - a fixture
 
 from pagemapcompat import AddressRange, DirtyTracker, Feature, NotTrackedError, _kernel, probe
@@ -164,3 +164,25 @@ def test_a_range_keeps_its_tracker(flavour: Flavour) -> None:
     wrote = write(memory, 2)
     assert pages_of(ram.collect()) == wrote
     ram._keep.close()
+
+
+def test_guard_pages_that_were_mapped_anew(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """They are no longer tracked, though they are what they were when they were last reported."""
+    memory = area(16)
+    hole = AddressRange.from_length(memory.start + 4 * PAGE, 2 * PAGE)
+    try:
+        libc.madvise(hole.start, hole.length, libc.GUARD_INSTALL)
+    except OSError:
+        lacking("madv-guard", "this kernel has no guard pages (EINVAL)", "Linux 6.13 or newer")
+    with flavour.tracker() as tracker:
+        ram = tracker.track(memory)
+        ram.collect()
+        libc.mmap(hole.length, address=hole.start)
+        libc.madvise(hole.start, hole.length, libc.GUARD_INSTALL)
+        assert pages_of(ram.peek()) == {4, 5}
+        with pytest.raises(NotTrackedError) as caught:
+            ram.collect()
+        assert caught.value.range == hole
+        ram.rearm()
+        assert pages_of(ram.collect()) == {4, 5}
+        assert pages_of(ram.collect()) == set()
