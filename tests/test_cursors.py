@@ -285,7 +285,7 @@ def test_nothing_is_lost_with_readers_and_writers_in_threads(flavour: Flavour, k
             for seed in range(2):
                 writers.add(writer, memory, seed, stop)
             for number, mirror in enumerate(mirrors):
-                readers.add(reader, mirror, 20 + 30 * number)
+                readers.add(reader, mirror, 10 + 15 * number)
             readers.join()
             stop.set()
             writers.join()
