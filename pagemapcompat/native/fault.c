@@ -134,13 +134,14 @@ static void *fault_thread(void *arg)
 {
 	struct pmc_tracker *tracker = arg;
 	int rc = serve(tracker);
-	if (!rc)
-		return NULL;
-	atomic_store(&tracker->fault_errno, -rc);
-	pmc_fair_lock(&tracker->fault_lock);
-	for (struct pmc_range *range = tracker->ranges; range; range = range->next)
-		pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
-	pmc_fair_unlock(&tracker->fault_lock);
+	if (rc) {
+		atomic_store(&tracker->fault_errno, -rc);
+		pmc_fair_lock(&tracker->fault_lock);
+		for (struct pmc_range *range = tracker->ranges; range; range = range->next)
+			pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
+		pmc_fair_unlock(&tracker->fault_lock);
+	}
+	// Also after an answer, which may have been only to look again.
 	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
 	pmc_unregister_all(tracker, &tracker->thread_vmas, bell, bell + page_size_of(tracker));
 	return NULL;

@@ -124,6 +124,12 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 	return 0;
 }
 
+// Whether the fault thread ended by an error that is not a userfaultfd's own: there is no memory, or no address space.
+static bool is_of_another_file(int error)
+{
+	return error && error != ENOMEM && error != ESRCH && error != EFAULT;
+}
+
 int pmc_tracker_close(struct pmc_tracker *tracker)
 {
 	if (!tracker)
@@ -141,7 +147,7 @@ int pmc_tracker_close(struct pmc_tracker *tracker)
 		}
 		pmc_fault_thread_stop(tracker);
 		// Somebody closed our descriptor, and its number may be anybody's now. The kernel let go of everything with it.
-		if (rc == -EBADF || rc == -ENOTTY || atomic_load(&tracker->fault_errno)) {
+		if (rc == -EBADF || rc == -ENOTTY || is_of_another_file(atomic_load(&tracker->fault_errno))) {
 			tracker->uffd = -1;
 			rc = 0;
 		}
