@@ -390,7 +390,7 @@ class Backend:
             )
         if operation == "UFFDIO_REGISTER" and result is not None and result.c.untracked_end:
             self._refuse(number, AddressRange(result.c.untracked_start, result.c.untracked_end), operation)
-        if number == ENOENT:
+        if number == ENOENT and not operation.startswith("/proc/"):
             where = asked
             if result is not None and result.c.untracked_end:
                 where = AddressRange(result.c.untracked_start, result.c.untracked_end)

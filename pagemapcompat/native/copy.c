@@ -66,12 +66,20 @@ static int refused(struct copier *copier, uint64_t address, int error)
 	return refused_by(copier, copier->write ? "process_vm_writev" : "process_vm_readv", address, error);
 }
 
+// What a function said that fails for want of memory alone.
+static int stored(struct copier *copier, int rc)
+{
+	if (rc)
+		copier->tracker->operation = "malloc";
+	return rc;
+}
+
 // 1: done, 0: refused, or -errno.
 static int by_mem(struct copier *copier, uint64_t address, void *bytes)
 {
 	size_t size = (size_t)1 << copier->page_shift;
+	copier->tracker->operation = "/proc/self/mem";
 	if (copier->mem < 0) {
-		copier->tracker->operation = "/proc/self/mem";
 		copier->mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
 		if (copier->mem < 0)
 			return -errno;
@@ -80,7 +88,7 @@ static int by_mem(struct copier *copier, uint64_t address, void *bytes)
 	do
 		got = copier->write ? pwrite(copier->mem, bytes, size, (off_t)address) : pread(copier->mem, bytes, size, (off_t)address);
 	while (got < 0 && errno == EINTR);
-	return got == (ssize_t)size;
+	return got < 0 && errno == ENOMEM ? -ENOMEM : got == (ssize_t)size;
 }
 
 // One page, whatever its protection. 1: done, 0: it cannot be had, or -errno.
@@ -94,8 +102,7 @@ static int force(struct copier *copier, uint64_t address, void *bytes)
 	if (rc)
 		return rc;
 	pmc_vmas_refresh(&tracker->vmas);
-	tracker->operation = "/proc/self/maps";
-	rc = pmc_vmas_at(&tracker->vmas, address, &vma);
+	rc = pmc_find_vma(tracker, address, &vma);
 	if (rc <= 0 || vma.start > address || (vma.protection & needed) == needed)
 		return rc < 0 ? rc : 0;
 	// Not even by force: a shared mapping is never written so, and since 6.12 a kernel may be told to force nothing
@@ -141,8 +148,7 @@ static int read_refused(struct copier *copier, uint32_t index)
 	if (rc)
 		return rc < 0 ? rc : 0;
 	pmc_vmas_refresh(&tracker->vmas);
-	tracker->operation = "/proc/self/maps";
-	rc = pmc_vmas_at(&tracker->vmas, address, &vma);
+	rc = pmc_find_vma(tracker, address, &vma);
 	if (rc < 0)
 		return rc;
 	copier->content[index] = PMC_MISSING;
@@ -219,7 +225,7 @@ static int add(struct copier *copier, uint64_t page, void *bytes)
 		if (!copier->frames[i])
 			copier->frames[i] = pmc_frame_alloc(copier->page_shift);
 		if (!copier->frames[i])
-			return -ENOMEM;
+			return stored(copier, -ENOMEM);
 		bytes = copier->frames[i]->bytes;
 	}
 	struct iovec *last = copier->pieces ? &copier->remote[copier->pieces - 1] : NULL;
@@ -265,8 +271,7 @@ static int look(struct copier *copier, uint64_t start, uint64_t count)
 	pmc_vmas_refresh(&tracker->vmas);
 	memset(copier->known, IS_NOT_THERE, count);
 	for (uint64_t pos = start; pos < finish; pos = vma.end) {
-		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
-		tracker->operation = "/proc/self/maps";
+		int rc = pmc_find_vma(tracker, pos, &vma);
 		if (rc <= 0)
 			return rc;
 		if (vma.start >= finish)
@@ -366,7 +371,7 @@ static int gap(struct copier *copier, uint64_t start, uint64_t end)
 {
 	uint64_t from = page_index(copier->range, start), to = page_index(copier->range, end);
 	if (copier->image)
-		return pmc_image_clear(copier->image, from, to, PMC_MISSING);
+		return stored(copier, pmc_image_clear(copier->image, from, to, PMC_MISSING));
 	uint64_t page = pmc_image_first_there(copier->given, from, to);
 	return page == to ? 0 : refused(copier, copier->range->start + (page << copier->page_shift), -EFAULT);
 }
@@ -374,14 +379,12 @@ static int gap(struct copier *copier, uint64_t start, uint64_t end)
 static int find_gaps(struct copier *copier)
 {
 	struct pmc_range *range = copier->range;
-	struct vmas *vmas = &copier->tracker->vmas;
 	struct vma vma;
 	int rc = 1;
 
-	pmc_vmas_refresh(vmas);
+	pmc_vmas_refresh(&copier->tracker->vmas);
 	for (uint64_t pos = range->start; pos < range->end && rc > 0; pos = vma.end) {
-		copier->tracker->operation = "/proc/self/maps";
-		rc = pmc_vmas_at(vmas, pos, &vma);
+		rc = pmc_find_vma(copier->tracker, pos, &vma);
 		if (rc < 0)
 			return rc;
 		if (!rc || vma.start >= range->end)
@@ -416,14 +419,14 @@ static int copy_regions(struct copier *copier, const struct page_region *regions
 
 static int capture_unread(struct copier *copier, uint64_t from, uint64_t to, enum pmc_content content)
 {
-	return pmc_image_clear(copier->image, from, to, content);
+	return stored(copier, pmc_image_clear(copier->image, from, to, content));
 }
 
 static int capture_read(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame)
 {
 	if (content == PMC_HELD && pmc_is_zero((*frame)->bytes, copier->page_shift))
 		content = PMC_ZERO; // a page of zeros is held as none
-	int rc = pmc_image_put(copier->image, page, content, *frame);
+	int rc = stored(copier, pmc_image_put(copier->image, page, content, *frame));
 	if (!rc && content == PMC_HELD)
 		*frame = NULL;
 	return rc;
@@ -457,8 +460,9 @@ int pmc_restore(struct pmc_range *range, const struct pmc_image *image, const st
 static int differs(struct copier *copier, uint64_t page)
 {
 	uint64_t address = copier->range->start + (page << copier->page_shift);
-	if (pmc_result_reserve(copier->result, 1))
-		return -ENOMEM;
+	int rc = stored(copier, pmc_result_reserve(copier->result, 1));
+	if (rc)
+		return rc;
 	pmc_result_append(copier->result, address, address + (1ull << copier->page_shift), PAGE_IS_WRITTEN,
 			  copier->page_shift);
 	return 0;

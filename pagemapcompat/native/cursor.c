@@ -35,13 +35,14 @@ int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end, const 
 
 	pmc_vmas_refresh(&tracker->vmas);
 	for (uint64_t pos = start; pos < end; pos = vma.end) {
-		rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
+		rc = pmc_find_vma(tracker, pos, &vma);
+		// Reported once too often is better than missed.
+		if (rc < 0)
+			pmc_owe_others(range, pos, end, except);
 		if (rc <= 0 || vma.start >= end)
 			break;
 		pmc_owe_others(range, max_u64(vma.start, pos), min_u64(vma.end, end), except);
 	}
-	if (rc < 0)
-		tracker->operation = "/proc/self/maps";
 	return rc < 0 ? rc : 0;
 }
 

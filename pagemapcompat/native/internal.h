@@ -234,6 +234,9 @@ static inline const struct piece *pmc_piece_at(const struct pmc_range *range, ui
 	return piece;
 }
 
+// pmc_vmas_at() in the tracker's own cursor; under the mutex. A failure is the call's.
+int pmc_find_vma(struct pmc_tracker *tracker, uint64_t address, struct vma *ret);
+
 // -- uffd.c -------------------------------------------------------------------------------------------------
 
 int pmc_uffd_wake(int uffd, uint64_t start, uint64_t end);
@@ -302,7 +305,7 @@ void pmc_cursor_owe(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
 void pmc_cursor_settle(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
 // Owes [start, end) to every cursor of the range but *except*.
 void pmc_owe_others(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
-// Likewise what of it is mapped. 0 or -errno.
+// Likewise what of it is mapped. 0, or -errno where nobody can tell: then all of it.
 int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
 // Drops a reference; the last one frees. Takes no lock.
 void pmc_cursor_put(struct pmc_cursor *cursor);

@@ -123,6 +123,15 @@ static int take_for_others(struct pmc_cursor *cursor, const struct piece *piece,
 	return rc < 0 ? rc : 0;
 }
 
+// Makes room for *more* regions. False: there is no memory for them.
+static bool make_room(struct pmc_tracker *tracker, struct pmc_result *result, uint64_t more)
+{
+	if (!pmc_result_reserve(result, more))
+		return true;
+	tracker->operation = "malloc";
+	return false;
+}
+
 // Hands out the owed pages [start, end), which lie in one piece, and protects them again. *walk_end: done up to there.
 static int take_owed(struct pmc_cursor *cursor, const struct piece *piece, uint64_t start, uint64_t end, bool engage,
 		     struct pmc_result *result, uint64_t *walk_end)
@@ -137,15 +146,13 @@ static int take_owed(struct pmc_cursor *cursor, const struct piece *piece, uint6
 	pmc_vmas_refresh(&tracker->vmas);
 	while (*walk_end < done) {
 		uint64_t from = *walk_end;
-		rc = pmc_vmas_at(&tracker->vmas, from, &vma);
-		if (rc < 0) {
-			tracker->operation = "/proc/self/maps";
+		rc = pmc_find_vma(tracker, from, &vma);
+		if (rc < 0)
 			return rc;
-		}
 		if (!rc || vma.start >= done) {
 			*walk_end = done; // what was unmapped meanwhile is not reported
 		} else {
-			if (pmc_result_reserve(result, 1))
+			if (!make_room(tracker, result, 1))
 				return 0;
 			*walk_end = min_u64(vma.end, done);
 			pmc_result_append(result, max_u64(vma.start, from), *walk_end, PAGE_IS_WRITTEN,
@@ -226,7 +233,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 				break;
 			}
 		}
-		if (pmc_result_reserve(result, PMC_REGIONS))
+		if (!make_room(tracker, result, PMC_REGIONS))
 			break;
 		if (cursor->owed_count) {
 			uint64_t first = page_index(range, pos), last = page_index(range, limit);

@@ -99,15 +99,18 @@ static int append_hole(struct pieces *pieces, uint64_t end, uint32_t page_shift)
 // Lists the kinds of memory in the range as they are now.
 static int list_pieces(const struct pmc_range *range, struct vmas *vmas, struct pieces *pieces)
 {
-	uint32_t page_shift = range->tracker->page_shift;
+	struct pmc_tracker *tracker = range->tracker;
+	uint32_t page_shift = tracker->page_shift;
 	struct vma vma;
 	int rc = 0;
 
 	pmc_vmas_refresh(vmas);
 	for (uint64_t pos = range->start; pos < range->end && !rc;) {
+		tracker->operation = "/proc/self/maps";
 		int found = pmc_vmas_at(vmas, pos, &vma);
 		if (found < 0)
 			return found;
+		tracker->operation = "mmap";
 		if (!found || vma.start >= range->end)
 			return append_hole(pieces, range->end, page_shift);
 		if (vma.start > pos)
@@ -129,9 +132,9 @@ static int classify(struct pmc_range *range, bool sizes)
 
 	if (sizes && !tracker->vmas.query) {
 		slow = pmc_pages_alloc(sizeof(*slow));
+		tracker->operation = slow ? "/proc/self/smaps" : "mmap";
 		rc = slow ? pmc_vmas_open(slow, false, true) : -ENOMEM;
 	}
-	tracker->operation = "/proc/self/maps";
 	if (!rc)
 		rc = list_pieces(range, slow ? slow : &tracker->vmas, &pieces);
 	if (slow) {

@@ -87,7 +87,7 @@ int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t 
 	// Mappings of device memory are in no answer, and fail CHECK_WPASYNC all the same (pagemap_scan_test_walk).
 	struct vma vma;
 	for (uint64_t pos = start; pos < end; pos = vma.end) {
-		int rc = pmc_vmas_at(&range->tracker->vmas, pos, &vma);
+		int rc = pmc_find_vma(range->tracker, pos, &vma);
 		if (rc <= 0 || vma.start >= end)
 			return rc < 0 ? rc : 0;
 		struct pm_scan_arg check = {

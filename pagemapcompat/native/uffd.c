@@ -76,8 +76,9 @@ int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, uint64_t mode)
 int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, uint64_t size)
 {
 	// A copy that must fail. The kernel first looks for a mapping that has a userfaultfd, ENOENT without one; then at the page,
-	// EEXIST or ENOMEM; then reads the source, which nobody may, EFAULT; and only then would it change anything
-	// (mm/userfaultfd.c: find_dst_vma, mfill_atomic; the same order in 5.10 and 6.18).
+	// EEXIST; then reads the source, which nobody may, EFAULT; and only then would it change anything
+	// (mm/userfaultfd.c: find_dst_vma, mfill_atomic; the same order in 5.10 and 6.18). ENOMEM is the answer for a huge page where
+	// the pool is empty; for others, since 6.9, it may come before the first look (find_vma_and_prepare_anon), and says nothing.
 	struct uffdio_copy arg = {
 		.dst = address,
 		.src = (uint64_t)(uintptr_t)tracker->unreadable,
@@ -88,7 +89,7 @@ int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, 
 	do
 		rc = ioctl(tracker->uffd, UFFDIO_COPY, &arg);
 	while (rc && (errno == EINTR || errno == EAGAIN));
-	if (!rc || errno == EFAULT || errno == EEXIST || errno == ENOMEM)
+	if (!rc || errno == EFAULT || errno == EEXIST || (errno == ENOMEM && size > page_size_of(tracker)))
 		return 1;
 	return errno == ENOENT ? 0 : -errno;
 }
@@ -125,7 +126,7 @@ static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t en
 
 	while (pos < end) {
 		struct vma vma;
-		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
+		int rc = pmc_find_vma(tracker, pos, &vma);
 		if (rc < 0)
 			return rc;
 		if (!rc || vma.start >= end)

@@ -19,10 +19,9 @@ int pmc_maps_query(int maps)
 
 int pmc_vmas_open(struct vmas *vmas, bool query, bool sizes)
 {
-	int fd = open(sizes ? "/proc/self/smaps" : "/proc/self/maps", O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
+	vmas->fd = open(sizes ? "/proc/self/smaps" : "/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	if (vmas->fd < 0)
 		return -errno;
-	vmas->fd = fd;
 	vmas->query = query && !sizes;
 	vmas->sizes = sizes;
 	vmas->page_shift = pmc_page_shift();
@@ -214,4 +213,12 @@ int pmc_vmas_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 		return 0;
 	*ret = vmas->ahead;
 	return 1;
+}
+
+int pmc_find_vma(struct pmc_tracker *tracker, uint64_t address, struct vma *ret)
+{
+	int rc = pmc_vmas_at(&tracker->vmas, address, ret);
+	if (rc < 0)
+		tracker->operation = "/proc/self/maps";
+	return rc;
 }

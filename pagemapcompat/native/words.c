@@ -130,11 +130,9 @@ static int gather(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *stop)
 			uint64_t until = to;
 			if (state == WRITTEN_IF_MAPPED) {
 				struct vma vma;
-				int rc = pmc_vmas_at(&pass->tracker->vmas, from, &vma);
-				if (rc < 0) {
-					pass->tracker->operation = "/proc/self/maps";
+				int rc = pmc_find_vma(pass->tracker, from, &vma);
+				if (rc < 0)
 					return rc;
-				}
 				if (!rc || vma.start >= to)
 					break;
 				from = max_u64(from, vma.start);
@@ -437,11 +435,9 @@ int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t e
 	bool found = false;
 
 	for (uint64_t pos = start; pos < end;) {
-		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
-		if (rc < 0) {
-			tracker->operation = "/proc/self/maps";
+		int rc = pmc_find_vma(tracker, pos, &vma);
+		if (rc < 0)
 			return rc;
-		}
 		if (!rc || vma.start >= end)
 			break;
 		if (found && vma.start > *to)
