@@ -1,0 +1,1045 @@
+"""Every call of the C core fails in turn, with every errno that it may give.
+
+What fails is then an error of the library's own that names the call, no page that was written is lost, no writer waits,
+and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from errno import (
+    EACCES,
+    EAGAIN,
+    EBUSY,
+    EFAULT,
+    EINTR,
+    EINVAL,
+    EIO,
+    EMFILE,
+    ENFILE,
+    ENODEV,
+    ENOENT,
+    ENOMEM,
+    ENOSYS,
+    ENOTTY,
+    EPERM,
+    ESRCH,
+    ETIMEDOUT,
+    errorcode,
+)
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from children import Crew, Raw, in_child, memory_of, resources
+from conftest import (
+    DISABLED,
+    FLAVOURS,
+    PAGE,
+    PRIVATE,
+    Flavour,
+    disable,
+    flavours,
+    lacking,
+    libc,
+    need,
+    use_flavour,
+)
+
+from pagemapcompat import (
+    ClosedError,
+    Cursor,
+    DirtyTracker,
+    FaultThreadError,
+    Feature,
+    KernelError,
+    NotTrackedError,
+    PageCategory,
+    Pagemap,
+    PagemapCompatError,
+    ScanQuery,
+    ScanResult,
+    Snapshot,
+    TrackedRange,
+    _native,
+    probe,
+)
+from pagemapcompat.trials_kinds import huge_page_size
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIM = Path(__file__).with_name("shim.c")
+
+INSTEAD, AFTERWARDS, HALFWAY, SHORT = range(4)
+HOW = ("instead", "afterwards", "halfway", "short")
+
+ERRNOS = {
+    "UFFDIO_API": (EINVAL, EPERM),
+    "UFFDIO_REGISTER": (EBUSY, EINVAL, ENOMEM, EPERM),
+    "UFFDIO_UNREGISTER": (EINVAL, ENOMEM),
+    "UFFDIO_WAKE": (EINVAL,),
+    "UFFDIO_COPY": (EAGAIN, EINTR, ENOMEM, ESRCH),
+    "UFFDIO_WRITEPROTECT": (EAGAIN, EINTR, ENOENT, ENOMEM, ESRCH),
+    "USERFAULTFD_IOC_NEW": (EINVAL, EMFILE, ENFILE, ENOMEM),
+    "PAGEMAP_SCAN": (EFAULT, EINTR, ENOMEM, EPERM, ESRCH),
+    "PROCMAP_QUERY": (EINTR, ENOMEM, ENOTTY, ESRCH),
+    "F_GETFL": (EACCES,),
+    "F_SETFL": (EACCES,),
+    "PR_GET_DUMPABLE": (EPERM,),
+    "SYS_userfaultfd": (EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EPERM),
+    "FUTEX_WAIT_PRIVATE": (EAGAIN, EINTR),
+    "FUTEX_WAKE_PRIVATE": (),  # given an address that is there it wakes whoever waits
+    "calloc": (ENOMEM,),
+    "lseek": (EINVAL, ENOMEM),
+    "madvise": (EAGAIN, EFAULT, EINVAL, ENOMEM, EPERM),
+    "malloc": (ENOMEM,),
+    "mincore": (EAGAIN, ENOMEM, EPERM),
+    "mmap": (ENOMEM,),
+    "mprotect": (EACCES, ENOMEM),
+    "mremap": (EAGAIN, EFAULT, ENOMEM),
+    "munlock": (ENOMEM, EPERM),
+    "munmap": (ENOMEM,),
+    "open": (EACCES, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM),
+    "pread": (EACCES, EINTR, EIO, ENOMEM),
+    "process_vm_readv": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
+    "process_vm_writev": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
+    "pthread_attr_init": (ENOMEM,),
+    "pthread_attr_setstack": (EINVAL,),
+    "pthread_create": (EAGAIN, EPERM),
+    "pthread_setname_np": (EACCES, EMFILE),
+    "pthread_timedjoin_np": (ETIMEDOUT,),
+    "pwrite": (EACCES, EFAULT, EINTR, EIO, ENOMEM),
+    "read": (EINTR, EIO, ENOMEM),
+    "realloc": (ENOMEM,),
+    "sysinfo": (EFAULT,),
+}
+"""Sources: the manual pages, and fs/userfaultfd.c, mm/userfaultfd.c and fs/proc/task_mmu.c of 5.10 to 6.18."""
+
+OWN = {"read": (EAGAIN, EFAULT, EINTR)}
+"""Where the fault thread is told something else than others are. Source: fs/userfaultfd.c, userfaultfd_read."""
+
+LATE = {
+    AFTERWARDS: {
+        "PAGEMAP_SCAN": (EFAULT, EINTR, ENOMEM, EPERM),
+        "UFFDIO_REGISTER": (ENOMEM,),
+        "UFFDIO_UNREGISTER": (ENOMEM,),
+        "UFFDIO_WRITEPROTECT": (EAGAIN, ENOENT, ENOMEM),
+        "close": (EINTR, EIO),
+        "madvise": (EAGAIN, EFAULT, ENOMEM),
+        "mprotect": (ENOMEM,),
+    },
+    HALFWAY: {"PAGEMAP_SCAN": (EINTR, ENOMEM, EPERM), "UFFDIO_WRITEPROTECT": (EAGAIN, EINTR, ENOENT, ENOMEM)},
+    SHORT: dict.fromkeys(("pread", "process_vm_readv", "process_vm_writev", "read"), (0,)),
+}
+"""What is done, or half done, when the call fails. Sources: close(2); fs/proc/task_mmu.c, pagemap_scan_flush_buffer."""
+
+TRANSIENT = {EINTR, EAGAIN}
+"""Not for ever: as long as something else goes on."""
+
+INFALLIBLE = {
+    *("clock_gettime", "getpid", "sigfillset", "sysconf", "__errno_location"),
+    *("memchr", "memcmp", "memcpy", "memmove", "memset", "strcmp", "strcspn", "strncmp", "strspn"),
+    *("pthread_attr_destroy", "pthread_detach", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
+    "pthread_sigmask",
+}
+"""Imports that cannot fail as they are used: of glibc, and with arguments that are right."""
+
+
+@attrs.frozen
+class Fault:
+    """One call that fails: which, with what, and how."""
+
+    name: str
+    nth: int
+    errno: int
+    how: int = INSTEAD
+    always: bool = False
+    own: bool = False
+    """In a thread of the core's own."""
+
+    def __str__(self) -> str:
+        """One line for people."""
+        error = errorcode.get(self.errno, "no errno")
+        return f"{self.name} {self.nth}{' and on' if self.always else ''}, {error} {HOW[self.how]}"
+
+
+class Shim:
+    """The compiled shim, attached to the C core of this process."""
+
+    def __init__(self, path: str) -> None:
+        self._lib = ctypes.CDLL(path)
+        self._lib.shim_name.restype = ctypes.c_char_p
+        self._lib.shim_mapped.restype = self._lib.shim_allocated.restype = ctypes.c_long
+        seen: set[str] = set()
+        note = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda name: seen.add(name.decode()))
+        assert self._lib.shim_attach(_native.__file__.encode(), note) > 0
+        self.others = seen
+        """What the core imports and the shim does not know."""
+        names = (self._lib.shim_name(index) for index in count())
+        self.names = [name.decode() for name in iter(lambda: next(names), None)]
+
+    def arm(self, fault: Fault | None) -> None:
+        """Count from 0, and let one call fail."""
+        one = fault or Fault(self.names[0], 0, 0)
+        self._lib.shim_arm(self.names.index(one.name), one.own, one.nth, one.always, one.errno, one.how)
+
+    def disarm(self) -> int:
+        """Nothing fails any more. How often something did."""
+        return int(self._lib.shim_disarm())
+
+    def calls(self, *, own: bool = False) -> Counter[str]:
+        """How often each function was called since it was armed."""
+        return Counter({name: self._lib.shim_calls(index, own) for index, name in enumerate(self.names)})
+
+    def kept(self) -> tuple[int, int]:
+        """Bytes that the core has mapped, and pieces of memory that it has allocated."""
+        return self._lib.shim_mapped(), self._lib.shim_allocated()
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of the compiled shim."""
+    compiler = os.environ.get("CC", "cc")
+    if shutil.which(compiler) is None:
+        lacking("cc", "no C compiler (ENOENT)", "apt-get install gcc")
+    path = tmp_path_factory.mktemp("shim") / "shim.so"
+    command = [compiler, "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", path, SHIM]
+    done = subprocess.run(
+        [*map(str, command), f"-I{ROOT / 'pagemapcompat' / 'native'}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return str(path)
+
+
+def test_every_import_of_the_core_is_known(shim: str) -> None:
+    """A function that the core begins to call is made to fail here, or is said to be infallible."""
+
+    def check() -> None:
+        attached = Shim(shim)
+        others = {name for name in attached.others if not name.startswith(("Py", "_Py", "_ITM", "__cxa", "__gmon"))}
+        assert others <= INFALLIBLE
+        assert set(attached.names) == set(ERRNOS) | {name for late in LATE.values() for name in late}
+
+    in_child(check)
+
+
+# -- The stage: tracked memory, what was written to it, and one fault ----------------------------------------------
+
+PAGES = 24
+PLACE, HUGE_PLACE = 1 << 38, 1 << 39
+"""Where the kernel puts nothing by itself: what a test unmaps is nobody else's a moment later."""
+HOLE = range(8, 10)
+READ_ONLY = range(12, 14)
+WRITABLE = [page for page in range(PAGES) if page not in HOLE and page not in READ_ONLY]
+FLAGS = {"private": PRIVATE, "shared": mmap.MAP_SHARED | mmap.MAP_ANONYMOUS}
+
+
+class Stage:
+    """Memory of several mappings, watched by readers, of which each must be told every page."""
+
+    def __init__(self, shim: Shim, flavour: Flavour, kind: str, fault: Fault | None) -> None:
+        self.shim = shim
+        self.flavour = flavour
+        self.plan = fault
+        self.kind = kind
+        self.struck = 0
+        self.error: Exception | None = None
+        self.tracker: DirtyTracker | None = None
+        self.owed: dict[Cursor, set[int]] = {}
+        self.content = bytearray(PAGES)
+        self.calls: Counter[str] = Counter()
+        libc.mmap(PAGES * PAGE, flags=FLAGS[kind], address=PLACE)
+        libc.munmap(PLACE + HOLE.start * PAGE, len(HOLE) * PAGE)
+        libc.mprotect(PLACE + READ_ONLY.start * PAGE, len(READ_ONLY) * PAGE, libc.PROT_READ)
+        self.write(0, 2, 20)
+
+    @property
+    def ram(self) -> TrackedRange:
+        """The first reader."""
+        ram = next(iter(self.owed))
+        assert isinstance(ram, TrackedRange)
+        return ram
+
+    def open(self, **options: Any) -> None:
+        """Make the tracker."""
+        self.tracker = DirtyTracker(self.flavour.backend, **options)
+
+    def track(self) -> None:
+        """Track the memory."""
+        assert self.tracker is not None
+        self.owed[self.tracker.track((PLACE, PAGES * PAGE))] = set()
+
+    def ready(self, **options: Any) -> None:
+        """Both."""
+        self.open(**options)
+        self.track()
+
+    def write(self, *pages: int) -> None:
+        """Store into pages, which every reader must find then."""
+        for page in pages:
+            self.content[page] = (self.content[page] + 1) % 256
+            libc.fill(PLACE + page * PAGE, 1, self.content[page])
+        for owed in self.owed.values():
+            owed.update(pages)
+
+    def remap(self, *pages: int) -> None:
+        """Map pages anew, which takes their registration away."""
+        for page in pages:
+            libc.mmap(PAGE, flags=FLAGS[self.kind], address=PLACE + page * PAGE)
+            self.content[page] = 0
+        for owed in self.owed.values():
+            owed.update(pages)
+
+    def take(self, reader: Cursor, result: ScanResult) -> None:
+        """A reader was told. What its answer has gone past and does not name is clean."""
+        told = set(result.page_indices())
+        assert told.isdisjoint(HOLE)
+        passed = range((result.range.start - PLACE) // PAGE, (result.walk_end - PLACE) // PAGE)
+        assert self.owed[reader].intersection(passed) <= told, "written pages were called clean"
+        self.owed[reader] -= told
+
+    @contextmanager
+    def fault(self, reader: Cursor | None = None) -> Iterator[None]:
+        """Within it the call fails. What that leads to is judged here, and goes no further."""
+        self.shim.arm(self.plan)
+        try:
+            yield
+        except Exception as error:
+            self.struck = self.shim.disarm()
+            self.error = error
+            self.judge(error)
+            # Once the fault thread has ended, what was written since is not known.
+            if not isinstance(error, FaultThreadError | MemoryError) and error.collected is not None:
+                assert reader
+                self.take(reader, error.collected)
+        self.struck = self.shim.disarm()
+        self.calls = self.shim.calls(own=self.plan is not None and self.plan.own)
+
+    def judge(self, error: Exception) -> None:
+        """An error of the library's tree, that names the call and its errno."""
+        assert self.struck, "an error, though nothing failed"
+        assert self.plan
+        name = self.plan.name
+        if isinstance(error, MemoryError):
+            assert name in {"malloc", "calloc", "realloc"}
+            return
+        assert isinstance(error, PagemapCompatError)
+        assert self.plan.own == isinstance(error, FaultThreadError)
+        if isinstance(error, KernelError):
+            # Of opening a tracker only that it was that: the call is in the errno and the hint.
+            assert error.operation in ({"start tracker"} if not self.tracker else set()) | OPERATIONS.get(name, {name})
+            assert error.errno == self.plan.errno or (
+                self.plan.errno != ENOMEM and error.errno in OTHERWISE.get(name, ())
+            )
+            # A file that is not there says nothing of the memory.
+            assert not (isinstance(error, NotTrackedError) and error.operation.startswith("/proc/"))
+
+    def check(self, snapshot: Snapshot, content: bytes | None = None) -> None:
+        """A snapshot holds what memory holds, or held."""
+        for page in WRITABLE:
+            assert snapshot.read(page * PAGE, page * PAGE + 1)[0] == (content or self.content)[page]
+
+    def restore(self, snapshot: Snapshot, content: bytes) -> None:
+        """After whatever happened, memory can be made what it was; whatever changes on the way is written."""
+        self.ram.restore(snapshot, verify=True)
+        for owed in self.owed.values():
+            owed.update(page for page in range(PAGES) if content[page] != self.content[page])
+        self.content[:] = content
+
+    @contextmanager
+    def barred(self, *pages: int) -> Iterator[None]:
+        """Within it some pages can be neither read nor written."""
+        for page in pages:
+            libc.mprotect(PLACE + page * PAGE, PAGE, libc.PROT_NONE)
+        yield
+        for page in pages:
+            libc.mprotect(PLACE + page * PAGE, PAGE, libc.PROT_READ | libc.PROT_WRITE)
+
+    def forget(self) -> None:
+        """Drop everything that is closed, so that it is freed."""
+        self.owed.clear()
+        self.tracker = None
+
+    def finish(self) -> None:
+        """Nothing is lost, nothing waits, everything is watched, and closing leaves nothing behind."""
+        for reader in self.owed:
+            self.take(reader, reader.collect())
+            assert not self.owed[reader], "lost"
+        self.write(*WRITABLE[::2])
+        for reader in self.owed:
+            self.take(reader, reader.collect())
+            assert not self.owed[reader], "unwatched"
+        if self.tracker:
+            self.tracker.close()
+        self.write(0, 7, 23)
+        held = bytes(ctypes.string_at(PLACE + page * PAGE, 1)[0] for page in WRITABLE)
+        assert held == bytes(self.content[page] for page in WRITABLE)
+
+    def end(self) -> None:
+        """Let everything go."""
+        self.shim.disarm()
+        self.owed.clear()
+        self.tracker = self.error = None
+        libc.munmap(PLACE, PAGES * PAGE)
+        gc.collect()
+
+
+OTHERWISE = {
+    # Refused each in its own way, a page cannot be had.
+    **dict.fromkeys(("pread", "process_vm_readv"), (EIO,)),
+    **dict.fromkeys(("pwrite", "process_vm_writev"), (EFAULT,)),
+}
+"""Errnos that the failure of a call may come out as."""
+OPERATIONS = {
+    **dict.fromkeys(("UFFDIO_API", "SYS_userfaultfd", "USERFAULTFD_IOC_NEW"), frozenset({"userfaultfd"})),
+    "UFFDIO_WAKE": {"UFFDIO_UNREGISTER"},  # of which it is a part
+    "UFFDIO_WRITEPROTECT": {"UFFDIO_WRITEPROTECT", "UFFDIO_COPY"},  # what was refused is looked for
+    **dict.fromkeys(("PROCMAP_QUERY", "lseek", "read"), frozenset({"/proc/self/maps", "/proc/self/smaps"})),
+    **dict.fromkeys(("malloc", "calloc", "realloc"), frozenset({"malloc"})),
+    "open": {"/proc/self/mem", "/proc/self/smaps"},
+    "pread": {"/proc/self/pagemap", "/proc/self/mem", "process_vm_readv"},
+    "pwrite": {"/proc/self/mem", "process_vm_writev"},
+}
+"""What it is called in the error, where that is not its name."""
+
+
+def opening(stage: Stage) -> None:
+    """DirtyTracker()."""
+    with stage.fault():
+        stage.open()
+
+
+def tracking(stage: Stage) -> None:
+    """track()."""
+    stage.open()
+    with stage.fault():
+        stage.track()
+
+
+WRITES = (1, 2, 3, 11, 17, 21, 23)
+
+
+def peeking(stage: Stage) -> None:
+    """peek()."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.fault():
+        result = stage.ram.peek()
+        passed = range((result.walk_end - PLACE) // PAGE)
+        assert set(WRITES).intersection(passed) <= set(result.page_indices())
+
+
+def collecting(stage: Stage) -> None:
+    """collect()."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.fault(stage.ram):
+        stage.take(stage.ram, stage.ram.collect())
+
+
+def collecting_in_steps(stage: Stage) -> None:
+    """collect(max_pages=2), until it is complete."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.fault(stage.ram):
+        at, resume_at = -1, 0
+        while resume_at is not None and at < resume_at:  # without memory for an answer there is none
+            at = resume_at
+            result = stage.ram.collect(at, max_pages=2)
+            stage.take(stage.ram, result)
+            resume_at = result.resume_at
+
+
+def resetting(stage: Stage) -> None:
+    """reset(), after which what was written before is nobody's."""
+    stage.ready()
+    stage.write(*WRITES)
+    for owed in stage.owed.values():
+        owed.clear()
+    with stage.fault():
+        stage.ram.reset()
+
+
+def unprotecting(stage: Stage) -> None:
+    """unprotect(), which all readers are told of."""
+    stage.ready()
+    other = stage.ram.cursor()
+    stage.owed[other] = set()
+    stage.write(*WRITES)
+    with stage.fault():
+        stage.ram.unprotect(0, 18 * PAGE)
+        for owed in stage.owed.values():
+            owed.update(page for page in range(18) if page not in HOLE)
+    stage.write(0, 4, 5)  # at pages that may have been opened
+
+
+def collecting_what_is_untracked(stage: Stage) -> None:
+    """collect() of memory that has lost its registration, which is NotTrackedError once it gets there."""
+    stage.ready()
+    stage.write(*WRITES)
+    stage.remap(20, 21)
+    with stage.fault(stage.ram):
+        try:
+            result = stage.ram.collect()
+            assert not result.complete
+            stage.take(stage.ram, result)
+        except NotTrackedError as error:
+            assert error.collected is not None
+            stage.take(stage.ram, error.collected)
+    stage.ram.rearm()
+
+
+def rearming(stage: Stage) -> None:
+    """rearm(); whoever writes before it is done is told of all the same."""
+    stage.ready()
+    other = stage.ram.cursor()
+    stage.owed[other] = set()
+    stage.write(*WRITES)
+    stage.remap(16, 20, 21)
+    with stage.fault():
+        stage.ram.rearm()
+    if stage.error:
+        stage.write(20)
+        stage.ram.rearm()
+
+
+def collecting_and_rearming(stage: Stage) -> None:
+    """collect() with on_untracked="rearm"."""
+    stage.ready(on_untracked="rearm")
+    stage.write(*WRITES)
+    stage.remap(20, 21)
+    with stage.fault(stage.ram):
+        stage.take(stage.ram, stage.ram.collect())
+
+
+def resetting_and_rearming(stage: Stage) -> None:
+    """reset() with on_untracked="rearm", beside another reader."""
+    stage.ready(on_untracked="rearm")
+    other = stage.ram.cursor()
+    stage.owed[other] = set()
+    stage.write(*WRITES)
+    stage.remap(20, 21)
+    stage.owed[stage.ram].clear()
+    with stage.fault():
+        stage.ram.reset()
+
+
+def another_reader(stage: Stage) -> None:
+    """cursor(), which takes nothing from the first."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.fault():
+        stage.owed[stage.ram.cursor()] = set()
+
+
+def two_readers(stage: Stage) -> None:
+    """collect() by one of two."""
+    stage.ready()
+    other = stage.ram.cursor()
+    stage.owed[other] = set()
+    stage.write(*WRITES)
+    with stage.fault(other):
+        stage.take(other, other.collect())
+
+
+def a_reader_less(stage: Stage) -> None:
+    """Cursor.close()."""
+    stage.ready()
+    other = stage.ram.cursor()
+    stage.write(*WRITES)
+    with stage.fault():
+        other.close()
+    other.close()
+
+
+def first_snapshot(stage: Stage) -> None:
+    """snapshot(), of everything."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.fault():
+        stage.check(stage.ram.snapshot())
+    stage.check(stage.ram.snapshot())
+
+
+def next_snapshot(stage: Stage) -> None:
+    """snapshot(), of what was written since the last."""
+    stage.ready()
+    stage.write(*WRITES)
+    first, before = stage.ram.snapshot(), bytes(stage.content)
+    stage.write(4, 5, 22)
+    with stage.fault():
+        stage.check(stage.ram.snapshot())
+    stage.check(stage.ram.snapshot())
+    stage.check(first, before)
+
+
+def snapshot_of_barred_pages(stage: Stage) -> None:
+    """snapshot(), of pages that nobody may read."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.barred(*WRITES[:4]):
+        with stage.fault():
+            stage.check(stage.ram.snapshot())
+        stage.check(stage.ram.snapshot())
+
+
+def restoring(stage: Stage, *, verify: bool = False) -> None:
+    """restore(), of what was written since."""
+    stage.ready()
+    stage.write(*WRITES)
+    first, before = stage.ram.snapshot(), bytes(stage.content)
+    stage.write(1, 4, 5, 22, 23)
+    with stage.fault():
+        stage.ram.restore(first, verify=verify)
+    stage.restore(first, before)
+
+
+def restoring_and_verifying(stage: Stage) -> None:
+    """restore(verify=True)."""
+    restoring(stage, verify=True)
+
+
+def restoring_another(stage: Stage) -> None:
+    """restore(), of a snapshot that memory was not last made equal to."""
+    stage.ready()
+    stage.write(*WRITES)
+    first, before = stage.ram.snapshot(), bytes(stage.content)
+    stage.write(1, 4, 5, 22, 23)
+    second, after = stage.ram.snapshot(), bytes(stage.content)
+    stage.write(6, 22)
+    with stage.fault():
+        stage.ram.restore(first)
+    stage.restore(first, before)
+    stage.restore(second, after)
+
+
+def restoring_barred_pages(stage: Stage) -> None:
+    """restore(), of pages that nobody may write."""
+    stage.ready()
+    stage.write(*WRITES)
+    first, before = stage.ram.snapshot(), bytes(stage.content)
+    stage.write(1, 4, 5, 22, 23)
+    with stage.barred(1, 4, 5):
+        with stage.fault():
+            stage.ram.restore(first)
+        stage.restore(first, before)
+
+
+def tracking_huge_pages(stage: Stage) -> None:
+    """track(), of huge pages, whose size is looked up; without a reservation, no page of the pool is needed."""
+    stage.ready()
+    flags = PRIVATE | libc.MAP_HUGETLB | libc.MAP_NORESERVE
+    size = huge_page_size()
+    if not size or not probe().supports(Feature.UFFD_WP_HUGETLBFS_SHMEM):
+        return
+    place = libc.mmap(2 * size, flags=flags, address=HUGE_PLACE)
+    assert stage.tracker
+    with stage.fault():
+        stage.tracker.track((place, 2 * size)).close()
+    stage.tracker.track((place, 2 * size)).close()
+    libc.munmap(place, 2 * size)
+
+
+def closing_a_range(stage: Stage) -> None:
+    """TrackedRange.close(); the tracker goes on."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.fault():
+        stage.ram.close()
+    stage.owed.clear()
+    stage.write(*WRITABLE)
+
+
+def closing(stage: Stage) -> None:
+    """DirtyTracker.close(), and the end of everything that it had."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.fault():
+        assert stage.tracker
+        stage.tracker.close()
+        stage.forget()
+    stage.forget()
+    stage.write(*WRITABLE)
+
+
+Scene = Callable[[Stage], None]
+SCENES: tuple[Scene, ...] = (
+    opening,
+    tracking,
+    peeking,
+    collecting,
+    collecting_in_steps,
+    resetting,
+    unprotecting,
+    collecting_what_is_untracked,
+    rearming,
+    collecting_and_rearming,
+    resetting_and_rearming,
+    another_reader,
+    two_readers,
+    a_reader_less,
+    first_snapshot,
+    next_snapshot,
+    snapshot_of_barred_pages,
+    restoring,
+    restoring_and_verifying,
+    restoring_another,
+    restoring_barred_pages,
+    tracking_huge_pages,
+    closing_a_range,
+    closing,
+)
+
+
+def faults(calls: Counter[str], *, own: bool = False) -> Iterator[Fault]:
+    """Every call fails: the first two in every way, later ones in one after the other."""
+    usual = {**ERRNOS, **OWN} if own else ERRNOS
+    for name, number in calls.items():
+        ways = [(how, error) for how, table in ((INSTEAD, usual), *LATE.items()) for error in table.get(name, ())]
+        for nth in range(1, number + 1 if ways else 0):
+            for how, error in ways if nth <= 2 else [ways[nth % len(ways)]]:
+                yield Fault(name, nth, error, how, own=own)
+        for how, error in ways if number else ():
+            # Nobody waits for ever at a page that is not registered.
+            if how is INSTEAD and error not in TRANSIENT and not (own and error == ENOENT):
+                yield Fault(name, 1, error, how, always=True, own=own)
+
+
+def play(shim: Shim, flavour: Flavour, kind: str, scene: Scene, fault: Fault | None) -> Counter[str]:
+    """One scene, with one fault, and what comes after. What it called."""
+    stage = Stage(shim, flavour, kind, fault)
+    try:
+        scene(stage)
+        # Whether a lock is waited for depends on who runs when.
+        assert stage.struck or not fault or fault.name == "FUTEX_WAIT_PRIVATE", "the call was not made"
+        if not stage.tracker:
+            stage.open()
+        if not stage.owed:
+            stage.track()
+        stage.finish()
+        return stage.calls
+    finally:
+        stage.end()
+
+
+def keeps(fault: Fault) -> bool:
+    """Whether memory stays when this fails: what cannot be unmapped, and what a thread that does not end stands on."""
+    return fault.name in {"munmap", "pthread_timedjoin_np"}
+
+
+Play = tuple[str, Fault, Callable[[Fault], object]]
+"""What is played, with which fault, and how."""
+
+
+def in_turn(path: str, plan: Callable[[Shim], Iterator[Play]]) -> None:
+    """Play with one fault after the other, in a child; each leaves nothing behind."""
+    diary = mmap.mmap(-1, PAGE)
+
+    def check() -> None:
+        shim = Shim(path)
+        probe()
+        gc.collect()
+        gc.freeze()
+        plays = list(plan(shim))
+        before, kept = resources(), shim.kept()
+        for name, fault, once in plays:
+            diary[:] = f"{name}, {fault}".encode().ljust(PAGE, b"\0")
+            once(fault)
+            if keeps(fault):
+                kept = shim.kept()
+            assert shim.kept() == kept, "memory was not given back"
+        after = resources()
+        assert after[0] == before[0]
+        assert after[1] == before[1]
+
+    try:
+        in_child(check)
+    except AssertionError as error:
+        error.add_note(f"with {diary[:].rstrip(bytes(1)).decode()}")
+        raise
+    finally:
+        diary.close()
+
+
+PLAYED = [one for one in FLAVOURS if one.name != "uffd-wp-as-6.5"]
+"""What sets it apart, as-6.1 has too."""
+
+
+@pytest.fixture(params=[pytest.param(one, id=one.name) for one in PLAYED])
+def played(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
+    """Each generation of each backend that calls something of its own."""
+    return use_flavour(request.param, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_every_call_fails_in_turn(shim: str, played: Flavour, kind: str) -> None:
+    """Whatever the library does, on any backend and any memory."""
+    if played.disabled and kind != "private":
+        pytest.skip("what differs between kinds of memory does not between imitations; remedy: the backends themselves")
+    memory_of(kind, 1).close()
+
+    def plan(attached: Shim) -> Iterator[Play]:
+        for scene in SCENES:
+            for fault in faults(play(attached, played, kind, scene, None)):
+                yield scene.__name__, fault, lambda one, scene=scene: play(attached, played, kind, scene, one)
+
+    in_turn(shim, plan)
+
+
+# -- The fault thread ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=flavours("uffd-wp"))
+def uffd_wp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
+    """Each generation of the backend that has a fault thread."""
+    return use_flavour(request.param, monkeypatch)
+
+
+def serving(stage: Stage) -> None:
+    """Writers wait in three threads, and one of them has the GIL."""
+    stage.ready()
+    memory = (ctypes.c_char * (PAGES * PAGE)).from_address(PLACE)
+    crew = Crew()
+    with stage.fault():
+        for first in range(3):
+            crew.add(lambda pages=WRITABLE[first::3]: [libc.fill(PLACE + page * PAGE) for page in pages])
+        for page in WRITABLE:
+            memory[page * PAGE] = b"\1"
+        crew.join()
+        for page in WRITABLE:
+            stage.content[page] = 1
+            stage.owed[stage.ram].add(page)
+        stage.take(stage.ram, stage.ram.collect())
+
+
+def ending(stage: Stage) -> None:
+    """The tracker is closed, which the fault thread is told by a fault."""
+    stage.ready()
+    stage.write(*WRITES)
+    with stage.fault():
+        assert stage.tracker
+        stage.tracker.close()
+    stage.forget()
+
+
+def answer(stage: Stage, scene: Scene, fault: Fault | None) -> Counter[str]:
+    """Play one of these. Writers go on; when the fault thread does not, the next call says so, and why."""
+    try:
+        scene(stage)
+        if stage.tracker and not stage.error:
+            try:
+                stage.finish()
+            except FaultThreadError as error:
+                stage.error = error
+        if stage.error:
+            assert fault
+            assert isinstance(stage.error, FaultThreadError)
+            assert f"errno {fault.errno}" in str(stage.error)
+            stage.write(*WRITABLE)
+            with pytest.raises(FaultThreadError):
+                stage.ram.peek()
+            assert stage.tracker
+            stage.tracker.close()
+            stage.error = None
+        stage.forget()
+        stage.ready()
+        stage.finish()
+        return stage.calls
+    finally:
+        stage.end()
+
+
+@pytest.mark.parametrize("scene", [serving, ending], ids=lambda scene: scene.__name__)
+def test_every_call_of_the_fault_thread_fails_in_turn(shim: str, uffd_wp: Flavour, scene: Scene) -> None:
+    """Nobody who waits for it waits for ever."""
+    counting = Fault("read", 0, 0, own=True)
+
+    def plan(attached: Shim) -> Iterator[Play]:
+        calls = answer(Stage(attached, uffd_wp, "private", counting), scene, None)
+        for fault in faults(calls, own=True):
+            yield scene.__name__, fault, lambda one: answer(Stage(attached, uffd_wp, "private", one), scene, one)
+
+    in_turn(shim, plan)
+
+
+@pytest.mark.parametrize("error", [EAGAIN, EINTR], ids=errorcode.get)
+def test_a_wait_for_the_lock_ends_early(shim: str, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """As a futex may, between a collector of shared memory and the fault thread; then whoever waited looks again."""
+    flavour = use_flavour(next(one for one in FLAVOURS if one.backend == "uffd-wp"), monkeypatch)
+    memory_of("shared", 1).close()
+
+    def check() -> None:
+        attached = Shim(shim)
+        struck, own = 0, False
+        while not struck:  # until they meet, which is soon
+            own = not own
+            stage = Stage(attached, flavour, "shared", Fault("FUTEX_WAIT_PRIVATE", 1, error, always=True, own=own))
+            stage.ready()
+            crew = Crew()
+            with stage.fault():
+                for first in range(3):
+                    crew.add(lambda pages=WRITABLE[first::3]: [libc.fill(PLACE + page * PAGE) for page in pages])
+                while crew.working:
+                    stage.ram.collect()
+                crew.join()
+            struck += stage.struck
+            stage.content[:] = bytes(page in WRITABLE for page in range(PAGES))
+            stage.finish()
+            stage.end()
+
+    in_child(check)
+
+
+# -- What needs no tracker ------------------------------------------------------------------------------------------
+
+
+def test_every_call_of_a_probe_fails_in_turn(shim: str) -> None:
+    """The report then says less, never more, and what it says for lack of anything is not remembered."""
+
+    def plan(attached: Shim) -> Iterator[Play]:
+        best = probe(refresh=True)
+        attached.arm(None)
+        probe(refresh=True)
+        attached.disarm()
+
+        def once(fault: Fault) -> None:
+            attached.arm(fault)
+            report = probe(refresh=True)
+            assert attached.disarm(), "the call was not made"
+            for feature, result in report.items():
+                assert not result or best[feature], f"{feature.value} is there all of a sudden"
+                assert result or result.detail
+            if any(result.errno in {EMFILE, ENFILE, ENOMEM, EAGAIN} for result in report.values()):
+                assert probe().as_dict() == best.as_dict()
+
+        for own in (False, True):
+            for fault in faults(attached.calls(own=own), own=own):
+                yield "probe", fault, once
+
+    in_turn(shim, plan)
+
+
+@pytest.mark.parametrize("way", ["pagemap-scan", "words"])
+@pytest.mark.parametrize("whose", ["self", "another"])
+def test_every_call_of_a_query_fails_in_turn(shim: str, monkeypatch: pytest.MonkeyPatch, way: str, whose: str) -> None:
+    """The answer is the same, or ends where it says so, or is an error that names the call."""
+    if way == "words":
+        disable(monkeypatch, "pagemap-scan")
+    else:
+        need(Feature.PAGEMAP_SCAN)
+    memory = memory_of("private", PAGES)
+    for page in (*WRITES, *HOLE):
+        memory[page * PAGE] = 1
+    query = ScanQuery(all_of=PageCategory.PRESENT, report=PageCategory.PRESENT)
+
+    def plan(attached: Shim) -> Iterator[Play]:
+        pid: Any = "self" if whose == "self" else os.getppid()
+
+        def ask(fault: Fault | None) -> ScanResult | None:
+            with Pagemap(pid) as pagemap:
+                attached.arm(fault)
+                try:
+                    return pagemap.scan(memory, query)
+                except PagemapCompatError as error:
+                    assert fault
+                    if isinstance(error, KernelError):
+                        assert error.errno == fault.errno
+                        assert error.operation in {"PAGEMAP_SCAN", "/proc/PID/maps", "/proc/PID/pagemap"}
+                    return None
+                finally:
+                    struck = attached.disarm()
+                    assert struck or not fault, "the call was not made"
+
+        whole = ask(None)
+        assert whole is not None
+        pages = list(whole.page_indices())
+        assert pages
+
+        def once(fault: Fault) -> None:
+            result = ask(fault)
+            if result is not None:
+                end = PAGES if result.complete else (result.resume_at or 0) // PAGE
+                assert list(result.page_indices()) == [page for page in pages if page < end]
+
+        for fault in faults(attached.calls()):
+            yield way, fault, once
+
+    in_turn(shim, plan)
+
+
+@pytest.mark.parametrize("error", LATE[AFTERWARDS]["close"], ids=errorcode.get)
+def test_a_forked_child_closes_what_it_can(shim: str, flavour: Flavour, error: int) -> None:
+    """Every close(2) of it may fail; all descriptors are gone, and the parent goes on."""
+
+    def check() -> None:
+        attached = Shim(shim)
+        stage = Stage(attached, flavour, "private", None)
+        before = set(os.listdir("/proc/self/fd"))
+        stage.ready()
+        made = len(set(os.listdir("/proc/self/fd")) - before)
+        assert made >= 3
+        for nth in range(1, made + 1):
+            raw = Raw()
+
+            def close(nth: int = nth, raw: Raw = raw) -> None:
+                assert stage.tracker
+                attached.arm(Fault("close", nth, error, AFTERWARDS))
+                stage.tracker.close()
+                assert attached.disarm() == 1
+                assert len(set(os.listdir("/proc/self/fd")) - before) <= 2  # its pipe, and this listing
+                with pytest.raises(ClosedError):
+                    stage.ram.collect()
+
+            raw.fork(close)
+            raw.end()
+        stage.write(*WRITES)
+        stage.finish()
+
+    in_child(check)
+
+
+# -- All of them ------------------------------------------------------------------------------------------------
+
+
+def test_every_function_is_made_to_fail(shim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is called in one of the tests above, and so fails there. Prints how many faults there are, by function."""
+    need(Feature.PAGEMAP_SCAN, Feature.PROCMAP_QUERY, Feature.UFFD_DEVICE, Feature.UFFD_WP_HUGETLBFS_SHMEM)
+    need(Feature.MADV_GUARD, Feature.MADV_POPULATE_READ)
+    if DISABLED:
+        pytest.skip("some features are disabled; remedy: unset PAGEMAPCOMPAT_DISABLE")
+
+    def check() -> None:
+        attached = Shim(shim)
+        done: Counter[str] = Counter({"FUTEX_WAIT_PRIVATE": 2})
+        attached.arm(None)
+        probe(refresh=True)
+        for own in (False, True):
+            done.update(fault.name for fault in faults(attached.calls(own=own), own=own))
+        for flavour in PLAYED:
+            os.environ["PAGEMAPCOMPAT_DISABLE"] = ",".join(flavour.disabled)
+            for kind in ("private",) if flavour.disabled else FLAGS:
+                for scene in SCENES:
+                    done.update(fault.name for fault in faults(play(attached, flavour, kind, scene, None)))
+            if flavour.backend == "uffd-wp":
+                for scene in (serving, ending):
+                    stage = Stage(attached, flavour, "private", Fault("read", 0, 0, own=True))
+                    calls = answer(stage, scene, None)
+                    done.update(fault.name for fault in faults(calls, own=True))
+        print(*(f"{number:6} {name}" for name, number in done.most_common()), f"{done.total():6} in all", sep="\n")  # noqa: T201
+        with open("/proc/meminfo", encoding="ascii") as file:
+            swap = next(int(line.split()[1]) for line in file if line.startswith("SwapTotal:"))
+        # mincore(2) is asked only on machines without swap.
+        assert {name for name in attached.names if ERRNOS.get(name, True)} - set(done) <= (
+            {"mincore"} if swap else set()
+        )
+
+    in_child(check)
