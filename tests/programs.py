@@ -152,7 +152,7 @@ class Due:
         self.readers: list[Reader] = []
         self.untracked: set[int] = set()
         # Without DISCARDS "a page discarded or merged by the kernel (KSM) and then written again" is not reported,
-        # until it is protected again.
+        # until it is protected again. A limit that is reached passes over it without that, looking for more.
         self._unwatched: set[int] = set()
         # With uffd-wp "a guard page (before 6.4 also a PROT_NONE page) that was reported as such, then opened, written,
         # read, discarded and barred again before the next call" is not; before 6.4 the last is not needed, for what is
@@ -179,8 +179,9 @@ class Due:
 
     def lost(self, pages: set[int]) -> None:
         """They were discarded; before the memory forgets what they held."""
-        changed = pages & self._memory.populated if self._discards and self._memory.kind != "shared" else set()
-        self._add(changed, pages)
+        if self._discards and self._memory.kind != "shared":
+            self._add(pages & self._memory.populated - self._memory.freed)
+        self._add(may=pages)
         self._unwatched |= pages
 
     def replaced(self, pages: set[int]) -> None:
@@ -204,7 +205,8 @@ class Due:
         self.untracked |= pages
 
     def _is_unmarkable(self, page: int) -> bool:
-        return page in self._memory.guards or not (self._marks_empty or page in self._memory.populated)
+        holds = page in self._memory.populated and page not in self._memory.freed
+        return page in self._memory.guards or not (self._marks_empty or holds)
 
     # -- What readers do ----------------------------------------------------------------------------------------
 
@@ -216,13 +218,13 @@ class Due:
         may = must | reader.must | reader.may | self._memory.freed | self._memory.mergeable
         return must & inside, may & inside
 
-    def armed(self, lo: int, hi: int, by: Reader | None = None) -> None:
-        """[lo, hi) was protected; what of it one reader was due is settled."""
+    def armed(self, lo: int, hi: int, by: Reader | None = None, *, protected: int | None = None) -> None:
+        """[lo, hi) was asked for, and protected up to a page; what of it one reader was due is settled."""
         inside = set(range(lo, hi))
         if by:
             by.must -= inside
             by.may -= inside
-        self._unwatched -= inside
+        self._unwatched -= {page for page in inside if protected is None or page < protected}
         for page in self._memory.there(lo, hi) if self._words else ():
             was = self._quiet.pop(page, None)
             if not self._is_unmarkable(page):
@@ -366,7 +368,7 @@ class Side:
             assert error.collected is not None
             found = self.pages(error.collected)
             assert error.collected.resume_at == stop * PAGE
-            assert limit is None or len(found) <= limit
+            assert limit is None or len(found) < limit, "a limit that is reached comes first"
             self.check(reader, found, lo, stop)
             self.due.armed(lo, stop, reader)
             self.counts.reported += len(found)
@@ -377,11 +379,11 @@ class Side:
         else:
             # A stretch that was begun is tracked as a whole.
             begun = stop
-            while begun in self.due.untracked and begun - 1 in self.due.untracked and lo < begun < hi:
+            while begun < hi and lo < begun and {begun - 1, begun} <= self.due.untracked:
                 begun += 1
             self.due.rearmed(lo, begun)
         found = self.pages(result)
-        self.due.armed(lo, stop, reader)
+        self.due.armed(lo, stop, reader, protected=max(found) + 1 if len(found) == limit else stop)
         self.counts.reported += len(found)
         return found
 

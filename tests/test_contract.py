@@ -262,6 +262,22 @@ def test_rearm_policy_goes_on(flavour: Flavour, area) -> None:  # noqa: F811
         assert pages_of(ram.collect()) == {13}
 
 
+@pytest.mark.parametrize("policy", ["raise", "rearm"])
+def test_a_limit_comes_before_untracked_memory(flavour: Flavour, area, policy: str) -> None:  # noqa: F811
+    """What lies behind the last page that was asked for is the next call's to find."""
+    memory = area(32)
+    with flavour.tracker(on_untracked=policy) as tracker:
+        ram = tracker.track(memory)
+        for page in (3, 4):
+            libc.fill(memory.start + page * PAGE)
+        libc.mmap(2 * PAGE, address=memory.start + 8 * PAGE)
+        result = ram.collect(max_pages=2)
+        assert set(result.page_indices()) == {3, 4}
+        assert result.resume_at == 8 * PAGE
+        with pytest.raises(NotTrackedError):
+            ram.unprotect(8 * PAGE, 10 * PAGE)
+
+
 def test_unmapped_memory_is_skipped_even_if_nothing_is_left(tracker: DirtyTracker, area) -> None:  # noqa: F811
     """No operation fails on a hole, and none reports it."""
     memory = area(16)

@@ -343,7 +343,8 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		}
 		if (confirm && untracked_from <= pos) {
 			if (pass.engage) {
-				rc = -ENOENT;
+				// With as many pages as were asked for, it is the next call that meets it; so the ioctl has it.
+				rc = arg->max_pages && pass.out.pages >= arg->max_pages ? 0 : -ENOENT;
 				break;
 			}
 			uint64_t to = min_u64(untracked_to, arg->end);
