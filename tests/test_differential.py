@@ -8,7 +8,7 @@ from collections.abc import Callable
 import programs
 import pytest
 from children import in_child
-from conftest import FLAVOURS, Flavour, expected, lacking
+from conftest import FLAVOURS, Flavour, expected, lacking, need_shared
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -26,8 +26,9 @@ TOGETHER = {
 class Machine(RuleBasedStateMachine):
     """A program, of which Hypothesis chooses the steps. Its rules are the operations."""
 
-    flavours: tuple[Flavour, ...]
+    flavours: list[Flavour]
     kind: str
+    program: programs.Program | None = None
 
     @initialize(policy=st.sampled_from(programs.POLICIES))
     def begin(self, policy: str) -> None:
@@ -36,15 +37,17 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Nothing is left, in the end."""
-        try:
-            if not self.program.failed:
-                self.program.finish()
-        finally:
-            self.program.close()
+        if self.program:
+            try:
+                if not self.program.failed:
+                    self.program.finish()
+            finally:
+                self.program.close()
 
 
 def _rule(operation: str) -> Callable[..., None]:
     def apply(self: Machine, first: int, size: int, value: int) -> None:
+        assert self.program
         self.program.step(programs.make_step(operation, self.kind, first, size, value))
 
     apply.__name__ = operation
@@ -79,6 +82,8 @@ def partners(names: tuple[str, ...], kind: str) -> list[Flavour]:
     """Those that run here; skips where there are none, and fails where one was expected."""
     named = [one for one in FLAVOURS if one.name in names]
     found = programs.able(named, kind)
+    if not found and kind == "shared":
+        need_shared()
     for one in named:
         if not found or (one not in found and one.name in expected()):
             lacking(one.backend, f"it does not track {kind} memory here", "pagemapcompat probe says")
@@ -104,9 +109,9 @@ def test_many_programs(names: tuple[str, ...], kind: str) -> None:
 @pytest.mark.parametrize("names", [("uffd-wp",), ("pagemap-scan",)], ids=lambda names: names[0])
 def test_a_program_can_be_run_by_its_number(names: tuple[str, ...]) -> None:
     """What it does is said by its seed alone."""
+    able = partners(names, "private")
 
     def twice() -> None:
-        able = partners(names, "private")
         one, same, other = (programs.run(seed, able, 60, ["private"]) for seed in (3, 3, 4))
         assert one == same != other
         assert one.operations == 60
