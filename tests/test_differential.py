@@ -102,7 +102,7 @@ def test_a_few_programs(kind: str) -> None:
 def test_many_programs(names: tuple[str, ...], kind: str) -> None:
     """More than there is time for in a guest."""
     in_child(
-        explore, partners(names, kind), kind, 20 if kind == "huge" else 40, 40, seconds=max(600, 4 * int(EXAMPLES or 0))
+        explore, partners(names, kind), kind, 25 if kind == "huge" else 70, 40, seconds=max(600, 4 * int(EXAMPLES or 0))
     )
 
 
