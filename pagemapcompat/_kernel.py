@@ -184,8 +184,9 @@ class Result:
         c = self.c
         if not c.count:
             return memoryview(b"").cast("Q")
-        # A buffer keeps the pointer alive that it was made from, and this one keeps what owns the memory.
-        regions = ffi.gc(c.regions, lambda _: c)
+        # A buffer keeps the pointer alive that it was made from, and this one keeps what owns the memory: by a method
+        # in C, for an interrupt that strikes in a destructor in Python is printed and lost.
+        regions = ffi.gc(c.regions, (c,).count)
         return memoryview(ffi.buffer(regions, c.count * _REGION_SIZE)).cast("Q").toreadonly()
 
 

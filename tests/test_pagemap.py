@@ -405,6 +405,21 @@ def test_bitmap_and_friends(tracker: DirtyTracker) -> None:
     assert result != ram.peek()
 
 
+def test_letting_go_of_a_result_runs_no_python(tracker: DirtyTracker) -> None:
+    """An interrupt that strikes in a destructor is swallowed: Ctrl-C would be printed, and do nothing."""
+    memory = private(8)
+    ram = tracker.track(memory)
+    write(memory, 1, 5)
+    result = ram.collect()
+    words: memoryview | None = result.as_u64()
+    called: list[str] = []
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+    words = result = None
+    sys.setprofile(None)
+    assert words is result is None
+    assert called == []
+
+
 def test_a_closed_pagemap(pagemap: Pagemap) -> None:
     """Says so; closing twice is fine."""
     pagemap.close()
