@@ -91,7 +91,7 @@ ERRNOS = {
     "UFFDIO_WRITEPROTECT": (EAGAIN, EINTR, ENOENT, ENOMEM, ESRCH),
     "USERFAULTFD_IOC_NEW": (EINVAL, EMFILE, ENFILE, ENOMEM),
     "PAGEMAP_SCAN": (EFAULT, EINTR, ENOMEM, EPERM, ESRCH),
-    "PROCMAP_QUERY": (EINTR, ENOMEM, ENOTTY, ESRCH),
+    "PROCMAP_QUERY": (EINTR, ENOENT, ENOMEM, ENOTTY, ESRCH),  # ENOENT: no mapping there, nor behind
     "F_GETFL": (EACCES,),
     "F_SETFL": (EACCES,),
     "PR_GET_DUMPABLE": (EPERM,),
@@ -145,9 +145,16 @@ LATE = {
 TRANSIENT = {EINTR, EAGAIN}
 """Not for ever: as long as something else goes on."""
 
+
+def is_transient(name: str, error: int) -> bool:
+    """Whether the call succeeds when it is made again. Since Linux 6.17 also one that has left a mapping out."""
+    return error in TRANSIENT or (name, error) == ("PROCMAP_QUERY", ENOENT)
+
+
 INFALLIBLE = {
     *("clock_gettime", "getpid", "sigfillset", "sysconf", "__errno_location"),
     *("memchr", "memcmp", "memcpy", "memmove", "memset", "strcmp", "strcspn", "strncmp", "strspn"),
+    "__stack_chk_fail",
     *("pthread_attr_destroy", "pthread_detach", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
     "pthread_sigmask",
 }
@@ -551,6 +558,17 @@ def two_readers(stage: Stage) -> None:
         stage.take(other, other.collect())
 
 
+def taking_what_is_owed(stage: Stage) -> None:
+    """collect() of what another reader took."""
+    stage.ready()
+    other = stage.ram.cursor()
+    stage.owed[other] = set()
+    stage.write(*WRITES)
+    stage.take(stage.ram, stage.ram.collect())
+    with stage.fault(other):
+        stage.take(other, other.collect())
+
+
 def a_reader_less(stage: Stage) -> None:
     """Cursor.close()."""
     stage.ready()
@@ -686,6 +704,7 @@ SCENES: tuple[Scene, ...] = (
     resetting_and_rearming,
     another_reader,
     two_readers,
+    taking_what_is_owed,
     a_reader_less,
     first_snapshot,
     next_snapshot,
@@ -710,7 +729,7 @@ def faults(calls: Counter[str], *, own: bool = False) -> Iterator[Fault]:
                 yield Fault(name, nth, error, how, own=own)
         for how, error in ways if number else ():
             # Nobody waits for ever at a page that is not registered.
-            if how is INSTEAD and error not in TRANSIENT and not (own and error == ENOENT):
+            if how is INSTEAD and not is_transient(name, error) and not (own and error == ENOENT):
                 yield Fault(name, 1, error, how, always=True, own=own)
 
 
@@ -971,7 +990,9 @@ def test_every_call_of_a_query_fails_in_turn(shim: str, monkeypatch: pytest.Monk
                 assert list(result.page_indices()) == [page for page in pages if page < end]
 
         for fault in faults(attached.calls()):
-            yield way, fault, once
+            # Of another process nobody can tell whether a mapping was left out.
+            if (fault.name, fault.errno) != ("PROCMAP_QUERY", ENOENT):
+                yield way, fault, once
 
     in_turn(shim, plan)
 

@@ -124,8 +124,7 @@ static int must_stay_empty(struct copier *copier, uint64_t address)
 	if (tracker->abilities & PMC_CAN_MARK_EMPTY)
 		return 0;
 	pmc_vmas_refresh(&tracker->vmas);
-	tracker->operation = "/proc/self/maps";
-	int rc = pmc_vmas_at(&tracker->vmas, address, &vma);
+	int rc = pmc_find_vma(tracker, address, &vma);
 	if (rc <= 0 || vma.start > address || vma.kind != PMC_KIND_ANON)
 		return rc < 0 ? rc : 0;
 	tracker->operation = "/proc/self/pagemap";

@@ -117,6 +117,7 @@ struct vmas {
 	int fd;
 	bool query; // by PROCMAP_QUERY: nothing below is used, and an answer is never stale
 	bool sizes; // fd is smaps
+	const char *operation; // that failed, when pmc_own_vma_at() did
 	bool ahead_valid;
 	bool ended;
 	uint32_t page_shift;
@@ -133,6 +134,9 @@ void pmc_vmas_close(struct vmas *vmas);
 void pmc_vmas_refresh(struct vmas *vmas);
 // The mapping that holds *address*, or the first after it. 1: found, 0: there is none, or -errno.
 int pmc_vmas_at(struct vmas *vmas, uint64_t address, struct vma *ret);
+// Likewise of this process, where *address* is a page's. What it calls unmapped is: Linux reads mappings without their lock since
+// 6.17, and beside mprotect(2) leaves some out now and then (seen in the text, on 6.18.44); mincore(2) takes the lock.
+int pmc_own_vma_at(struct vmas *vmas, uint64_t address, struct vma *ret);
 
 // -- The tracker's state ------------------------------------------------------------------------------------
 
@@ -234,7 +238,7 @@ static inline const struct piece *pmc_piece_at(const struct pmc_range *range, ui
 	return piece;
 }
 
-// pmc_vmas_at() in the tracker's own cursor; under the mutex. A failure is the call's.
+// pmc_own_vma_at() in the tracker's own cursor; under the mutex. A failure is the call's.
 int pmc_find_vma(struct pmc_tracker *tracker, uint64_t address, struct vma *ret);
 
 // -- uffd.c -------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uin
 	// Registered, but not by us: with another userfaultfd, which protects nothing here.
 	result->untracked_start = pos;
 	result->untracked_end = end;
-	if (pmc_vmas_at(&range->tracker->vmas, pos, &vma) > 0 && vma.start < end)
+	if (pmc_own_vma_at(&range->tracker->vmas, pos, &vma) > 0 && vma.start < end)
 		result->untracked_end = min_u64(vma.end, end);
 	return -ENOENT;
 }
@@ -178,11 +178,9 @@ static int next_owed(struct pmc_cursor *cursor, uint64_t start, uint64_t end, ui
 	pmc_vmas_refresh(&tracker->vmas);
 	while ((from = pmc_bits_find(cursor->owed, from, last, true)) < last) {
 		uint64_t pos = range->start + (from << tracker->page_shift);
-		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
-		if (rc < 0) {
-			tracker->operation = "/proc/self/maps";
+		int rc = pmc_find_vma(tracker, pos, &vma);
+		if (rc < 0)
 			return rc;
-		}
 		if (!rc || vma.start >= end)
 			return 0;
 		if (vma.start <= pos) {

@@ -106,11 +106,10 @@ static int list_pieces(const struct pmc_range *range, struct vmas *vmas, struct 
 
 	pmc_vmas_refresh(vmas);
 	for (uint64_t pos = range->start; pos < range->end && !rc;) {
-		tracker->operation = "/proc/self/maps";
-		int found = pmc_vmas_at(vmas, pos, &vma);
+		int found = pmc_own_vma_at(vmas, pos, &vma);
+		tracker->operation = found < 0 ? vmas->operation : "mmap";
 		if (found < 0)
 			return found;
-		tracker->operation = "mmap";
 		if (!found || vma.start >= range->end)
 			return append_hole(pieces, range->end, page_shift);
 		if (vma.start > pos)

@@ -180,7 +180,7 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 		uint64_t pos = start;
 		first = 0;
 		pmc_vmas_refresh(vmas);
-		while (pos < end && (first = pmc_vmas_at(vmas, pos, &vma)) > 0 && vma.start < end) {
+		while (pos < end && (first = pmc_own_vma_at(vmas, pos, &vma)) > 0 && vma.start < end) {
 			pos = min_u64(vma.end, end);
 			int rc = pmc_uffd_unregister(tracker->uffd, max_u64(vma.start, start), pos);
 			if (rc && rc != -EINVAL)

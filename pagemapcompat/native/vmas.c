@@ -9,6 +9,9 @@
 
 #include "internal.h"
 
+// How often a mapping may be left out that is there.
+#define RETRIES 64
+
 int pmc_maps_query(int maps)
 {
 	struct procmap_query query = { .size = sizeof(query), .query_flags = PROCMAP_QUERY_COVERING_OR_NEXT_VMA };
@@ -215,10 +218,42 @@ int pmc_vmas_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 	return 1;
 }
 
+// 1, 0, or -errno.
+static int is_mapped(const struct vmas *vmas, uint64_t address)
+{
+	unsigned char resident;
+	if (!mincore((void *)(uintptr_t)address, (size_t)1 << vmas->page_shift, &resident))
+		return 1;
+	return errno == ENOMEM ? 0 : -errno;
+}
+
+int pmc_own_vma_at(struct vmas *vmas, uint64_t address, struct vma *ret)
+{
+	for (int tries = 0; tries < RETRIES; tries++) {
+		vmas->operation = "/proc/self/maps";
+		int rc = pmc_vmas_at(vmas, address, ret);
+		if (rc < 0 || (rc && ret->start <= address))
+			return rc;
+		int mapped = is_mapped(vmas, address);
+		if (!mapped) {
+			// The hole begins here; where it ends is asked twice, where that is cheap.
+			struct vma again;
+			int second = vmas->query ? pmc_vmas_at(vmas, address, &again) : rc;
+			if (second < 0 || (second == rc && (!vmas->query || !rc || again.start == ret->start)))
+				return second;
+		}
+		vmas->operation = "mincore";
+		if (mapped < 0 && mapped != -EAGAIN)
+			return mapped;
+		pmc_vmas_refresh(vmas);
+	}
+	return -EAGAIN;
+}
+
 int pmc_find_vma(struct pmc_tracker *tracker, uint64_t address, struct vma *ret)
 {
-	int rc = pmc_vmas_at(&tracker->vmas, address, ret);
+	int rc = pmc_own_vma_at(&tracker->vmas, address, ret);
 	if (rc < 0)
-		tracker->operation = "/proc/self/maps";
+		tracker->operation = tracker->vmas.operation;
 	return rc;
 }

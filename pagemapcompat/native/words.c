@@ -158,7 +158,7 @@ static bool populate(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 	bool all = true;
 	struct vma vma;
 	for (uint64_t pos = start; pos < end;) {
-		int rc = pmc_vmas_at(&tracker->vmas, pos, &vma);
+		int rc = pmc_find_vma(tracker, pos, &vma);
 		if (rc < 0)
 			return false;
 		if (!rc || vma.start >= end)
@@ -220,7 +220,7 @@ static bool is_readable(struct pmc_tracker *tracker, uint64_t address, struct vm
 	if (address < vma->start || address >= vma->end) {
 		if (!vma->end)
 			pmc_vmas_refresh(&tracker->vmas);
-		if (pmc_vmas_at(&tracker->vmas, address, vma) <= 0)
+		if (pmc_find_vma(tracker, address, vma) <= 0)
 			return true; // reported once more is better than missed
 	}
 	return address >= vma->start && vma->protection & PROT_READ;
