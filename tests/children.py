@@ -120,6 +120,7 @@ class Crew:
     def __init__(self) -> None:
         self.threads: list[threading.Thread] = []
         self.failures: list[BaseException] = []
+        self._ended: list[None] = []
 
     def add(self, function: Callable[..., object], *arguments: Any) -> None:
         """Start one."""
@@ -129,6 +130,8 @@ class Crew:
                 function(*arguments)
             except BaseException as error:
                 self.failures.append(error)
+            finally:
+                self._ended.append(None)
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
@@ -136,8 +139,8 @@ class Crew:
 
     @property
     def working(self) -> bool:
-        """Whether any of them still runs."""
-        return any(thread.is_alive() for thread in self.threads)
+        """Whether any of them still runs. Any thread may ask; is_alive() of Python 3.11 asserts when two ask at once."""
+        return len(self._ended) < len(self.threads)
 
     def join(self) -> None:
         """Wait for all, and raise what one of them raised."""
