@@ -139,7 +139,7 @@ class Crew:
 
     @property
     def working(self) -> bool:
-        """Whether any of them still runs. Any thread may ask; is_alive() of Python 3.11 asserts when two ask at once."""
+        """Whether any of them still runs. Two threads may ask at once, where is_alive() of Python 3.11 asserts."""
         return len(self._ended) < len(self.threads)
 
     def join(self) -> None:
