@@ -733,13 +733,18 @@ def faults(calls: Counter[str], *, own: bool = False) -> Iterator[Fault]:
                 yield Fault(name, 1, error, how, always=True, own=own)
 
 
+def is_made(fault: Fault) -> bool:
+    """Whether a call is made each time that the same is played."""
+    # Whether a lock is waited for depends on who runs when, and how often a text of /proc is read on how long it is.
+    return fault.name != "FUTEX_WAIT_PRIVATE" and (fault.name != "read" or fault.own or fault.nth == 1)
+
+
 def play(shim: Shim, flavour: Flavour, kind: str, scene: Scene, fault: Fault | None) -> Counter[str]:
     """One scene, with one fault, and what comes after. What it called."""
     stage = Stage(shim, flavour, kind, fault)
     try:
         scene(stage)
-        # Whether a lock is waited for depends on who runs when.
-        assert stage.struck or not fault or fault.name == "FUTEX_WAIT_PRIVATE", "the call was not made"
+        assert stage.struck or not fault or not is_made(fault), "the call was not made"
         if not stage.tracker:
             stage.open()
         if not stage.owed:
@@ -933,7 +938,7 @@ def test_every_call_of_a_probe_fails_in_turn(shim: str) -> None:
         def once(fault: Fault) -> None:
             attached.arm(fault)
             report = probe(refresh=True)
-            assert attached.disarm(), "the call was not made"
+            assert attached.disarm() or not is_made(fault), "the call was not made"
             for feature, result in report.items():
                 assert not result or best[feature], f"{feature.value} is there all of a sudden"
                 assert result or result.detail
@@ -976,7 +981,7 @@ def test_every_call_of_a_query_fails_in_turn(shim: str, monkeypatch: pytest.Monk
                     return None
                 finally:
                     struck = attached.disarm()
-                    assert struck or not fault, "the call was not made"
+                    assert struck or not fault or not is_made(fault), "the call was not made"
 
         whole = ask(None)
         assert whole is not None
