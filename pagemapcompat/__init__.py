@@ -22,6 +22,7 @@ from pagemapcompat.errors import AlignmentError as AlignmentError
 from pagemapcompat.errors import AlreadyRegisteredError as AlreadyRegisteredError
 from pagemapcompat.errors import ClosedError as ClosedError
 from pagemapcompat.errors import ConcurrentWriteError as ConcurrentWriteError
+from pagemapcompat.errors import DisagreementError as DisagreementError
 from pagemapcompat.errors import FaultThreadError as FaultThreadError
 from pagemapcompat.errors import InvalidArgumentError as InvalidArgumentError
 from pagemapcompat.errors import KernelError as KernelError
@@ -59,6 +60,7 @@ __all__ = [
     "ConcurrentWriteError",
     "Cursor",
     "DirtyTracker",
+    "DisagreementError",
     "EntryFlag",
     "FaultThreadError",
     "Feature",

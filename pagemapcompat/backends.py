@@ -135,6 +135,11 @@ class Backend:
         self._handle = handle
         _open_backends.add(self)
 
+    @property
+    def label(self) -> str:
+        """What `Selection.chosen` says."""
+        return self.name
+
     # -- What the two differ in -----------------------------------------------------------------------------
 
     @property

@@ -45,7 +45,7 @@ class Cursor:
 
     def __repr__(self) -> str:
         """For people."""
-        return f"<{type(self).__name__} {self.range}, {self._backend.name}{', closed' if self._closed else ''}>"
+        return f"<{type(self).__name__} {self.range}, {self._backend.label}{', closed' if self._closed else ''}>"
 
     def __len__(self) -> int:
         """In bytes, as the owner of the memory sees it."""

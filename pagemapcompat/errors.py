@@ -83,6 +83,30 @@ class ConcurrentWriteError(RestoreError):
     _hint = "stop the writers, then restore again"
 
 
+class DisagreementError(PagemapCompatError, RuntimeError):
+    """Backend "paranoid" found pages that changed and were not reported.
+
+    Attributes:
+        lost: Those pages.
+    """
+
+    lost: ScanResult | None = None
+
+    @classmethod
+    def of(cls, lost: ScanResult, change: str, backend: str) -> Self:
+        """Say which pages, and what *change* the first of them shows."""
+        error = cls(
+            f"{lost.pages} pages changed and were not reported; the first is at {lost[0].start:#x}, and {change} "
+            f"(backend {backend})"
+        )
+        error.lost = lost
+        return error.with_hint(
+            "nobody sees a write through another mapping or descriptor of the same memory, by a device into pages "
+            "pinned before they were tracked, a hole punched in a file, or without DISCARDS a discard; if it was none "
+            "of these, report this message, how the memory was mapped, and what `pagemapcompat probe` and uname(1) say"
+        )
+
+
 class MissingPackageError(PagemapCompatError, ImportError):
     """An optional package is not installed. The hint names the extra that brings it."""
 

@@ -11,6 +11,8 @@ import attrs
 from pagemapcompat.abi import Guarantee
 from pagemapcompat.backends import BACKENDS, Backend
 from pagemapcompat.errors import AccessError, InvalidArgumentError, KernelError, UnsupportedError
+from pagemapcompat.paranoid import NAME as PARANOID
+from pagemapcompat.paranoid import PARANOID_BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +29,7 @@ class Selection:
     """Which backend was chosen, and why no better one."""
 
     chosen: str
+    """Its name; "paranoid: pagemap-scan" of one that is checked."""
     guarantees: Guarantee
     """For private anonymous memory; `TrackedRange.guarantees` speaks of one mapping."""
     rejected: Mapping[str, str] = attrs.field(converter=_read_only)
@@ -44,18 +47,20 @@ class Selection:
 def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[Backend, Selection]:
     """Open the backend *name*, or with "auto" the best one that works and gives *require*.
 
+    "paranoid" is "auto", checked.
+
     Raises:
         InvalidArgumentError: There is no such backend.
 
         AccessError, UnsupportedError: None works, or none gives *require*. The message has every reason.
     """
-    names = [backend.name for backend in BACKENDS]
-    if name != "auto" and name not in names:
-        raise InvalidArgumentError(f"there is no backend {name!r}").with_hint(f"choose auto, {' or '.join(names)}")
+    names = ["auto", *(backend.name for backend in BACKENDS), PARANOID]
+    if name not in names:
+        raise InvalidArgumentError(f"there is no backend {name!r}").with_hint(f"choose one of {', '.join(names)}")
     rejected: dict[str, str] = {}
     failures: list[KernelError] = []
-    for kind in BACKENDS:
-        if name not in ("auto", kind.name):
+    for kind in PARANOID_BACKENDS if name == PARANOID else BACKENDS:
+        if name not in ("auto", PARANOID, kind.name):
             continue
         try:
             backend = kind(report)
@@ -68,7 +73,7 @@ def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[
         if not missing:
             used = tuple(map(str, backend.attempts))
             return backend, Selection(
-                chosen=kind.name, guarantees=backend.guarantees, rejected=rejected, userfaultfd=used
+                chosen=backend.label, guarantees=backend.guarantees, rejected=rejected, userfaultfd=used
             )
         hint = (
             "CAP_SYS_PTRACE or vm.unprivileged_userfaultfd=1" if missing & Guarantee.KERNEL_WRITES else "require less"

@@ -168,7 +168,9 @@ class DirtyTracker:
     Use it in a with block: leaving it closes everything. Any number of trackers can exist; a page belongs to one.
 
     Args:
-        backend: "auto" takes the best one that works and gives *require*; or a name.
+        backend: "auto" takes the best one that works and gives *require*; or a name. "paranoid" is for those who
+            suspect it: what "auto" takes, with a copy of all tracked memory for each reader (snapshots are one more),
+            all of which is read at each call. DisagreementError is raised for pages that changed unreported.
 
         require: Promises that you cannot do without.
 

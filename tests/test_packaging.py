@@ -46,6 +46,7 @@ LAYERS = (
     {"pagemap"},
     {"refusals"},
     {"backends"},
+    {"paranoid"},
     {"snapshot_files"},
     {"cursors", "selection", "snapshots"},
     {"tracker"},

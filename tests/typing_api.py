@@ -18,6 +18,7 @@ from pagemapcompat import (
     ConcurrentWriteError,
     Cursor,
     DirtyTracker,
+    DisagreementError,
     EntryFlag,
     FaultThreadError,
     Feature,
@@ -223,6 +224,9 @@ def fail(ram: TrackedRange) -> str | None:
     except RestoreError as error:
         assert_type(error.differing, ScanResult | None)
         return f"{isinstance(error, ConcurrentWriteError)}"
+    except DisagreementError as error:
+        assert_type(error.lost, ScanResult | None)
+        return error.hint
     except (SnapshotFileError, MissingPackageError) as error:
         return str(error)
     except (ClosedError, FaultThreadError) as error:
