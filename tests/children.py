@@ -188,6 +188,18 @@ class Raw:
             assert status == 0, f"a forked child ended with {os.waitstatus_to_exitcode(status)}"
 
 
+def clone_that_pauses() -> int:
+    """A child forked by C that runs nothing of Python, so that threads may be doing anything. Until it is killed.
+
+    It holds copies of every descriptor, as children do that were forked without Python's hooks.
+    """
+    stack = ctypes.create_string_buffer(1 << 16)
+    top = ctypes.addressof(stack) + len(stack) & -64  # of its own copy, from which it grows down
+    pid: int = plain.clone(plain.pause, ctypes.c_void_p(top), signal.SIGCHLD, None)
+    assert pid > 0, os.strerror(ctypes.get_errno())
+    return pid
+
+
 def hold_fault_thread_back() -> None:
     """On one CPU, and with every other thread before it, it goes on only once all others sleep."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
-from children import Crew, hold_fault_thread_back, in_child, plain
+from children import Crew, clone_that_pauses, hold_fault_thread_back, in_child
 from conftest import PAGE, Flavour, flavours, libc, pages_of, private, run_child, write
 
 from pagemapcompat import ClosedError, DirtyTracker, TrackedRange
@@ -66,18 +68,13 @@ def close_range(asleep: Asleep) -> None:
 
 def close_beside_a_child(asleep: Asleep) -> None:
     """While a forked child holds every descriptor."""
-    holds, lets_go = os.pipe()
-    pid = plain.fork()
-    if pid == 0:
-        os.close(lets_go)
-        os.read(holds, 1)
-        os._exit(0)
+    pid = clone_that_pauses()
     asleep.tracker.close()
     write(asleep.memory, *range(2 * SLEEPERS))  # nobody is there to resolve it any more
     asleep.wake()
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-    os.close(lets_go)
-    assert os.waitpid(pid, 0)[1] == 0
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def raise_inside(asleep: Asleep) -> None:
@@ -188,8 +185,12 @@ def test_a_child_outlives_its_parent_and_its_sleepers(flavour: Flavour) -> None:
 
     def parent(answer: int) -> None:
         asleep = Asleep(flavour.tracker())
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # that of the listing itself
+                os.dup(int(name))  # which the child keeps: its fork hook knows the first copies only
         alone, end = os.pipe()
-        if plain.fork() == 0:
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        if os.fork() == 0:
             try:
                 os.close(end)
                 child(asleep, alone, answer)
