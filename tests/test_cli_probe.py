@@ -209,7 +209,6 @@ def test_list() -> None:
     assert printed("probe", "--list", env={"PAGEMAPCOMPAT_DISABLE": "pagemap"}).split() == names
 
 
-@pytest.mark.kernel
 def test_require_agrees_with_what_is_there() -> None:
     """0 for what is there; 1, a reason and a remedy for what is not; 3 for what nobody can tell."""
     values = found()

@@ -465,7 +465,6 @@ def test_what_cannot_be_told_is_not_guessed(words: None, target: Target, option:
     assert "pagemap-scan" in said
 
 
-@pytest.mark.kernel
 def test_a_process_that_is_not_there(source: str) -> None:
     """Neither before its parent has noticed that it ended, nor after that."""
     with subprocess.Popen([sys.executable, "-c", ""]) as child:

@@ -189,7 +189,7 @@ def test_a_store_that_holds_the_gil_does_not_hang(flavour: Flavour) -> None:
 
             for function in (collect, protect, come_and_go):
                 others.add(function)
-            for number in range(64 * 40):
+            for number in range(64 * 20):
                 memory[number % 64 * PAGE] = number % 256
             stop.set()
             others.join()

@@ -278,7 +278,7 @@ def explore(flavour: Flavour, kind: str, examples: int, steps: int) -> None:
 def test_a_few_programs(flavour: Flavour, kind: str) -> None:
     """On every kernel."""
     memory_of(kind, 1)  # skips where it is refused
-    in_child(explore, flavour, kind, 3, 15)
+    in_child(explore, flavour, kind, 2, 15)
 
 
 @pytest.mark.parametrize("kind", ["private", "shared"])
