@@ -434,6 +434,41 @@ def test_memory_unmapped_or_barred_under_its_writer(flavour: Flavour, area) -> N
     in_child(check)
 
 
+def test_memory_that_comes_and_goes_is_armed_when_it_is_there(flavour: Flavour, area) -> None:  # type: ignore[no-untyped-def]
+    """What is mapped when it is looked for and gone, or another, when it is to be registered is no error."""
+    room = area(16)
+    hole = room.start + 8 * PAGE
+    libc.munmap(hole, PAGE)
+
+    def check() -> None:
+        sys.setswitchinterval(1e-5)
+        with flavour.tracker(on_untracked="rearm") as tracker:
+            ram = tracker.track(room)
+            crew, done = Crew(), threading.Event()
+
+            def come_and_go() -> None:
+                while not done.is_set():
+                    libc.mmap(PAGE, address=hole)
+                    libc.mmap(PAGE, address=hole)
+                    libc.munmap(hole, PAGE)
+
+            crew.add(come_and_go)
+            try:
+                for _ in range(300):
+                    libc.fill(room.start)
+                    ram.rearm()
+                    assert 0 in pages_of(ram.collect())
+                    ram.reset()
+                    with ram.cursor() as other:
+                        libc.fill(room.start + PAGE)
+                        assert 1 in pages_of(other.collect())
+            finally:
+                done.set()
+            crew.join()
+
+    in_child(check)
+
+
 # ---- Interrupts ----------------------------------------------------------------------------------------------
 
 

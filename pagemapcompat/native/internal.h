@@ -10,6 +10,7 @@
 #include "pmc.h"
 
 #define PMC_REGIONS 512 // of one PAGEMAP_SCAN: its bounce buffer on x86-64, and the fastest size
+#define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
 #define PMC_WORDS 8192 // 64 KiB of pagemap words: from there on reading gets no faster
 
 static inline uint64_t min_u64(uint64_t a, uint64_t b)
@@ -291,8 +292,8 @@ void pmc_tracker_put(struct pmc_tracker *tracker);
 int pmc_engine_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
 // Protects [start, end), whatever its pieces. *walk_end: done up to there.
 int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end);
-// Registers and protects [start, end), which is not registered.
-int pmc_rearm_stretch(struct pmc_range *range, uint64_t start, uint64_t end);
+// Registers [start, end), and finds out what kinds of memory there are. -EINVAL: nothing, or nothing that can be registered.
+int pmc_register_stretch(struct pmc_range *range, uint64_t start, uint64_t end);
 int pmc_range_close_locked(struct pmc_range *range);
 // Drops a reference; the last one frees.
 void pmc_range_put(struct pmc_range *range);

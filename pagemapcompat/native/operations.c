@@ -32,26 +32,50 @@ static int enter_cursor(struct pmc_cursor *cursor)
 	return -PMC_ECLOSED;
 }
 
-// Registers and protects the first untracked stretch of [start, end), which is in *result* then, and counts it as written for all
-// cursors but *except*. 1: there was one, 0: there was none, or -errno.
+// Registers and protects [start, end), and counts it as written for all cursors but *except*.
+static int rearm(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	uint64_t walk_end;
+	int rc = pmc_register_stretch(range, start, end);
+	const char *operation = tracker->operation;
+	// What is mapped from here on is not registered, so nothing is protected that was not counted. A registration that fails may
+	// have been made in part.
+	int owed = pmc_owe_mapped(range, start, end, except);
+	if (rc)
+		tracker->operation = operation;
+	rc = rc ? rc : owed;
+	return rc ? rc : pmc_reset_stretch(range, start, end, &walk_end);
+}
+
+// Rearms the first untracked stretch of [start, end), which is in *result* then. 1: there was one, 0: there was none, or -errno.
 static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except,
 		      struct pmc_result *result)
 {
+	struct pmc_tracker *tracker = range->tracker;
 	uint64_t from, to;
+	struct vma vma;
 	int rc = pmc_next_untracked(range, start, end, &from, &to);
 	if (rc <= 0)
 		return rc;
 	result->untracked_start = from;
 	result->untracked_end = to;
-	rc = pmc_owe_mapped(range, from, to, except);
-	if (!rc)
-		rc = pmc_rearm_stretch(range, from, to);
-	return rc ? rc : 1;
+	for (unsigned looks = 1;; looks++) {
+		rc = rearm(range, from, to, except);
+		if ((rc != -EINVAL && rc != -ENOENT) || looks == PMC_LOOKS)
+			return rc ? rc : 1;
+		// Part of it was unmapped, or mapped anew, in between; of what is a hole now, nothing is left to do.
+		pmc_vmas_refresh(&tracker->vmas);
+		rc = pmc_find_vma(tracker, from, &vma);
+		if (rc <= 0 || vma.start >= to)
+			return rc < 0 ? rc : 1;
+	}
 }
 
 // The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
+// *looks*: how often that was so in this call.
 static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags,
-			const struct pmc_cursor *except, struct pmc_result *result)
+			const struct pmc_cursor *except, unsigned *looks, struct pmc_result *result)
 {
 	struct vma vma;
 	int rc = flags & PMC_REARM ? rearm_next(range, pos, end, except, result) :
@@ -60,6 +84,9 @@ static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uin
 		return rc;
 	if (rc)
 		return flags & PMC_REARM ? 0 : -ENOENT;
+	// It went, or was registered, in between: the engine looks again.
+	if (++*looks < PMC_LOOKS)
+		return 0;
 	// Registered, but not by us: with another userfaultfd, which protects nothing here.
 	result->untracked_start = pos;
 	result->untracked_end = end;
@@ -219,6 +246,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 	bool engage = flags & PMC_ENGAGE;
 	uint32_t shift = tracker->page_shift;
 	uint64_t pos = start;
+	unsigned looks = 0;
 	int rc = 0;
 
 	while (pos < end) {
@@ -255,7 +283,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 		pos = walk_end;
 check:
 		if (rc == -ENOENT && engage)
-			rc = untracked_at(range, pos, end, flags, NULL, result);
+			rc = untracked_at(range, pos, end, flags, NULL, &looks, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -307,11 +335,12 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 	if (rc)
 		return rc;
 	uint64_t pos = start;
+	unsigned looks = 0;
 	while (pos < end) {
 		rc = reset_locked(cursor, pos, end, &pos);
 		if (rc != -ENOENT)
 			break;
-		rc = untracked_at(cursor->range, pos, end, flags, cursor, result);
+		rc = untracked_at(cursor->range, pos, end, flags, cursor, &looks, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -329,6 +358,7 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		return rc;
 	struct pmc_tracker *tracker = range->tracker;
 	uint64_t pos = start, untracked = end;
+	unsigned looks = 0;
 
 	while (pos < end && !rc) {
 		const struct piece *piece = pmc_piece_at(range, pos);
@@ -339,11 +369,12 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		rc = pmc_protect(tracker, pos, to, piece->page_shift, 0, &untracked);
 		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to, NULL);
 		pos = rc == -ENOENT ? untracked : to;
-		rc = rc ? rc : owed;
-	}
-	if (rc == -ENOENT) {
-		rc = untracked_at(range, pos, end, 0, NULL, result);
-		tracker->operation = "UFFDIO_WRITEPROTECT";
+		if (rc == -ENOENT && !owed) {
+			rc = untracked_at(range, pos, end, 0, NULL, &looks, result);
+			if (rc == -ENOENT)
+				tracker->operation = "UFFDIO_WRITEPROTECT";
+		}
+		rc = owed ? owed : rc;
 	}
 	result->walk_end = pos;
 	return pmc_leave(tracker, rc, result);

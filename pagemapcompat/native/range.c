@@ -168,7 +168,7 @@ static int check_fault_thread(struct pmc_tracker *tracker, uint64_t start, uint6
 	return -PMC_EFAULTTHREAD;
 }
 
-static int register_stretch(struct pmc_range *range, uint64_t start, uint64_t end)
+int pmc_register_stretch(struct pmc_range *range, uint64_t start, uint64_t end)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	uint64_t ioctls;
@@ -196,13 +196,6 @@ int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uin
 		rc = engine_reset(range, piece, *walk_end, min_u64(end, piece->end), walk_end);
 	}
 	return rc;
-}
-
-int pmc_rearm_stretch(struct pmc_range *range, uint64_t start, uint64_t end)
-{
-	uint64_t walk_end;
-	int rc = register_stretch(range, start, end);
-	return rc ? rc : pmc_reset_stretch(range, start, end, &walk_end);
 }
 
 // ---- Life of a range ----------------------------------------------------------------------------------------
@@ -255,7 +248,7 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	    overlaps(range->start, range->end, (char *)__builtin_frame_address(0) - STACK_REACH, STACK_REACH))
 		return -PMC_EOWNMEMORY;
 
-	int rc = register_stretch(range, range->start, range->end);
+	int rc = pmc_register_stretch(range, range->start, range->end);
 	if (rc)
 		return rc;
 	// The fault thread must know a range before it protects its first page.

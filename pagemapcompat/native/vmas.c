@@ -9,9 +9,6 @@
 
 #include "internal.h"
 
-// How often a mapping may be left out that is there.
-#define RETRIES 64
-
 int pmc_maps_query(int maps)
 {
 	struct procmap_query query = { .size = sizeof(query), .query_flags = PROCMAP_QUERY_COVERING_OR_NEXT_VMA };
@@ -229,7 +226,7 @@ static int is_mapped(const struct vmas *vmas, uint64_t address)
 
 int pmc_own_vma_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 {
-	for (int tries = 0; tries < RETRIES; tries++) {
+	for (int looks = 0; looks < PMC_LOOKS; looks++) {
 		vmas->operation = "/proc/self/maps";
 		int rc = pmc_vmas_at(vmas, address, ret);
 		if (rc < 0 || (rc && ret->start <= address))
