@@ -49,6 +49,7 @@ _HELD, _MISSING = 1, 2
 _LENGTH_END = 1 << 47
 _WINDOW = 8 << 20
 """What RFC 8878 asks every reader to support, and so what a stranger's file makes this one allocate."""
+_SEAL = b"."
 _CHUNK = 1 << 20
 _ALTERED = "it was truncated or altered: copy it again from where it was saved"
 _NEWER = "load it with a newer pagemapcompat"
@@ -194,8 +195,9 @@ def _load(source: _Source, max_bytes: int | None) -> Loaded:
             if len(content) != some << PAGE_SHIFT:
                 raise source.error(f"has less content than the {announced} bytes that are announced")
             _kernel.image_load(image, page, content)
-    if read_content(1):
-        raise source.error(f"has more content than the {announced} bytes that are announced")
+    rest = read_content(2)
+    if rest != (_SEAL if flags & _ZSTD else b""):
+        raise source.error(f"has {'more' if rest else 'less'} content than the {announced} bytes that are announced")
     return Loaded(image, where, length)
 
 
@@ -239,10 +241,29 @@ def _runs(source: _Source, count: int, pages: int) -> Iterator[tuple[int, int, i
         yield first, run, kind
 
 
+class _Sealed:
+    """A source with a frame behind it that comes out only if all before it did.
+
+    Without one, the reader of python-zstandard 0.25 drops what is left in a frame that is cut off behind a block.
+    """
+
+    def __init__(self, source: _Source, frame: bytes) -> None:
+        self._source = source
+        self._frame = frame
+
+    def read(self, size: int) -> bytes:
+        """So many bytes, or fewer."""
+        piece = self._source.read(size)
+        if not piece:
+            piece, self._frame = self._frame[:size], self._frame[size:]
+        return piece
+
+
 def _inflating(source: _Source) -> Callable[[int], bytes]:
-    """Reads decompressed bytes: no more than it is asked for, however much a frame makes of one byte."""
+    """Reads decompressed bytes, then _SEAL: no more than it is asked for, however much a frame makes of one byte."""
     zstandard = _zstandard()
-    stream = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(source, read_across_frames=True)
+    sealed = _Sealed(source, zstandard.ZstdCompressor().compress(_SEAL))
+    stream = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(sealed, read_across_frames=True)
 
     def read_inflated(size: int) -> bytes:
         try:

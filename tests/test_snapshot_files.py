@@ -10,6 +10,7 @@ import resource
 import stat
 import sys
 import tracemalloc
+from contextlib import nullcontext
 from errno import EFBIG
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from pagemapcompat import (
     KernelError,
     MissingPackageError,
     Snapshot,
+    SnapshotFileError,
     _kernel,
     probe,
 )
@@ -191,6 +193,22 @@ def test_zstd_may_come_in_several_frames(tmp_path: Path) -> None:
     content = compress(page(1)[:100]) + compress(page(1)[100:]) + compress(b"")
     (tmp_path / "file").write_bytes(by_hand([(1, 1, HELD)], content, flags=1))
     assert_equal(Snapshot.load(tmp_path / "file"), made(8, [1]))
+
+
+def test_a_zstd_frame_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    """Wherever that is, whether it held as much as is announced or more, and though the checksum is right."""
+    pieces = zstandard().ZstdCompressor(write_checksum=True).compressobj()
+    flush = zstandard().COMPRESSOBJ_FLUSH_BLOCK
+    frame = b"".join(pieces.compress(page(n)[:64] * (PAGE // 64)) + pieces.flush(flush) for n in (1, 2, 3))
+    for size in range(1, len(frame) + 1):  # the last block is still to come
+        for announced in (1, 2, 3):
+            (tmp_path / "file").write_bytes(by_hand([(1, announced, HELD)], frame[:size], flags=1))
+            refuse(tmp_path / "file")
+    whole = frame + pieces.flush()
+    for announced in (1, 2, 3, 4):
+        (tmp_path / "file").write_bytes(by_hand([(1, announced, HELD)], whole, flags=1))
+        with pytest.raises(SnapshotFileError) if announced != 3 else nullcontext():
+            Snapshot.load(tmp_path / "file")
 
 
 def test_a_file_holds_what_is_shared_with_others(tmp_path: Path, compression: Compression) -> None:
