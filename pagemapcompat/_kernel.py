@@ -319,13 +319,14 @@ def query(
 # -- Trackers --------------------------------------------------------------------------------------------------
 
 
-def tracker_create(uffd: int, pagemap: int, abilities: int) -> tuple[int, TrackerHandle | None]:
+def tracker_create(uffd: int, pagemap: int, abilities: int) -> tuple[int, TrackerHandle | None, Result]:
     """Start a tracker, which owns both descriptors from now on, on failure too."""
+    result = Result()
     config = ffi.new("struct pmc_config *", {"uffd": uffd, "pagemap": pagemap, "abilities": abilities})
     handle = TrackerHandle("struct pmc_tracker **")  # before the call, so that an interrupt after it leaks nothing
-    rc = int(lib.pmc_tracker_create(handle.out, config))
+    rc = int(lib.pmc_tracker_create(handle.out, config, result.c))
     handle.c = handle.out[0]
-    return rc, None if rc else handle
+    return rc, None if rc else handle, result
 
 
 def tracker_close(tracker: TrackerHandle) -> int:

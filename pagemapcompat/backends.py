@@ -129,9 +129,10 @@ class Backend:
             raise
         self.way: Way = self.attempts[-1].way
         self._pid = os.getpid()
-        rc, handle = _kernel.tracker_create(uffd, pagemap, self._abilities())
+        rc, handle, result = _kernel.tracker_create(uffd, pagemap, self._abilities())
         if handle is None:
-            raise KernelError.make(-rc, "start tracker", os.strerror(-rc), hint="see ulimit -n and ulimit -u")
+            hint = "see ulimit -n, -u and -v"
+            raise KernelError.make(-rc, _kernel.operation(result), os.strerror(-rc), hint=hint)
         self._handle = handle
         _open_backends.add(self)
 

@@ -176,8 +176,8 @@ def _kernel_writes(lab: Laboratory) -> Answer:
     if uffd < 0:
         os.close(pagemap)
     check(-attempt.errno, str(attempt))
-    rc, tracker = _kernel.tracker_create(uffd, pagemap, 0)
-    check(rc, "start a fault thread")
+    rc, tracker, result = _kernel.tracker_create(uffd, pagemap, 0)
+    check(rc, _kernel.operation(result))
     assert tracker is not None  # noqa: S101 - rc is 0
     try:
         with lab.memory(page_size()) as (at, view):

@@ -342,8 +342,7 @@ class Stage:
         assert isinstance(error, PagemapCompatError)
         assert self.plan.own == isinstance(error, FaultThreadError)
         if isinstance(error, KernelError):
-            # Of opening a tracker only that it was that: the call is in the errno and the hint.
-            assert error.operation in ({"start tracker"} if not self.tracker else set()) | OPERATIONS.get(name, {name})
+            assert error.operation in OPERATIONS.get(name, {name})
             assert error.errno == self.plan.errno or (
                 self.plan.errno != ENOMEM and error.errno in OTHERWISE.get(name, ())
             )
@@ -412,7 +411,9 @@ OPERATIONS = {
     "UFFDIO_WRITEPROTECT": {"UFFDIO_WRITEPROTECT", "UFFDIO_COPY"},  # what was refused is looked for
     **dict.fromkeys(("PROCMAP_QUERY", "lseek", "read"), frozenset({"/proc/self/maps", "/proc/self/smaps"})),
     **dict.fromkeys(("malloc", "calloc", "realloc"), frozenset({"malloc"})),
-    "open": {"/proc/self/mem", "/proc/self/smaps"},
+    **dict.fromkeys(("F_GETFL", "F_SETFL"), frozenset({"fcntl"})),
+    **dict.fromkeys(("pthread_attr_init", "pthread_attr_setstack"), frozenset({"pthread_create"})),
+    "open": {"/proc/self/maps", "/proc/self/mem", "/proc/self/smaps"},
     "pread": {"/proc/self/pagemap", "/proc/self/mem", "process_vm_readv"},
     "pwrite": {"/proc/self/mem", "process_vm_writev"},
 }

@@ -152,13 +152,18 @@ static void *fault_thread(void *arg)
 static int hang_bell(struct pmc_tracker *tracker)
 {
 	uint64_t ioctls, size = page_size_of(tracker);
+	tracker->operation = "mmap";
 	tracker->bell = pmc_pages_alloc(size);
 	if (!tracker->bell)
 		return -ENOMEM;
 	*tracker->bell = 0; // an empty page cannot be protected everywhere
 	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
+	tracker->operation = "UFFDIO_REGISTER";
 	int rc = pmc_uffd_register(tracker->uffd, bell, bell + size, &ioctls);
-	return rc ? rc : pmc_uffd_writeprotect(tracker->uffd, bell, bell + size, UFFDIO_WRITEPROTECT_MODE_WP);
+	if (rc)
+		return rc;
+	tracker->operation = "UFFDIO_WRITEPROTECT";
+	return pmc_uffd_writeprotect(tracker->uffd, bell, bell + size, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
 // glibc is told of the upper half. It refuses one that does not hold what it puts there, the thread-local storage of the program and
@@ -167,10 +172,12 @@ static int start_on_stack(struct pmc_tracker *tracker, size_t size)
 {
 	pthread_attr_t attr;
 	sigset_t all, before;
+	tracker->operation = "mmap";
 	tracker->stack_size = 2 * size;
 	tracker->stack = pmc_pages_alloc(2 * size);
 	if (!tracker->stack)
 		return -ENOMEM;
+	tracker->operation = "pthread_create";
 	int rc = pthread_attr_init(&attr);
 	if (rc)
 		return -rc;
@@ -188,6 +195,7 @@ static int start_on_stack(struct pmc_tracker *tracker, size_t size)
 
 int pmc_fault_thread_start(struct pmc_tracker *tracker)
 {
+	tracker->operation = "fcntl";
 	int flags = fcntl(tracker->uffd, F_GETFL);
 	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))
 		return -errno;

@@ -125,8 +125,8 @@ int pmc_query(int pagemap, int maps, const struct pm_scan_arg *arg, const struct
 
 // -- Trackers ---------------------------------------------------------------------------------------------
 
-// Takes over both descriptors, on failure too, and starts the fault thread unless PMC_CAN_ASYNC.
-int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config);
+// Takes over both descriptors, on failure too, and starts the fault thread unless PMC_CAN_ASYNC. *result* says which call failed.
+int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config, struct pmc_result *result);
 // Unregisters everything, ends the fault thread, closes the descriptors. Waits for running calls. Idempotent. In a forked
 // child: only closes the child's copies.
 int pmc_tracker_close(struct pmc_tracker *tracker);

@@ -81,12 +81,38 @@ static void close_descriptors(struct pmc_tracker *tracker)
 	pmc_vmas_close(&tracker->thread_vmas);
 }
 
-int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config)
+// Makes what belongs to a new tracker, and starts its thread.
+static int set_up(struct pmc_tracker *tracker)
+{
+	bool query = tracker->abilities & PMC_CAN_QUERY_MAPS;
+	tracker->operation = "/proc/self/maps";
+	int rc = pmc_vmas_open(&tracker->vmas, query, false);
+	if (!rc)
+		rc = pmc_vmas_open(&tracker->thread_vmas, query, false);
+	if (rc)
+		return rc;
+	tracker->operation = "mmap";
+	tracker->alive = pmc_pages_alloc(page_size_of(tracker));
+	tracker->unreadable = pmc_pages_alloc(page_size_of(tracker));
+	if (!tracker->alive || !tracker->unreadable)
+		return -ENOMEM;
+	tracker->operation = "mprotect";
+	if (mprotect(tracker->unreadable, page_size_of(tracker), PROT_NONE))
+		return -errno;
+	tracker->operation = "madvise";
+	uint64_t alive = (uint64_t)(uintptr_t)tracker->alive;
+	rc = pmc_madvise(alive, alive + page_size_of(tracker), PMC_MADV_WIPEONFORK);
+	atomic_store(tracker->alive, 1);
+	return rc || pmc_is_async(tracker) ? rc : pmc_fault_thread_start(tracker);
+}
+
+int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config, struct pmc_result *result)
 {
 	struct pmc_tracker *tracker = pmc_pages_alloc(sizeof(*tracker));
 	if (!tracker) {
 		close(config->uffd);
 		close(config->pagemap);
+		result->operation = "mmap";
 		return -ENOMEM;
 	}
 	tracker->references = 1;
@@ -97,24 +123,8 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 	tracker->vmas.fd = tracker->thread_vmas.fd = -1;
 	pthread_mutex_init(&tracker->mutex, NULL);
 
-	bool query = config->abilities & PMC_CAN_QUERY_MAPS;
-	int rc = pmc_vmas_open(&tracker->vmas, query, false);
-	if (!rc)
-		rc = pmc_vmas_open(&tracker->thread_vmas, query, false);
-	if (!rc) {
-		tracker->alive = pmc_pages_alloc(page_size_of(tracker));
-		tracker->unreadable = pmc_pages_alloc(page_size_of(tracker));
-		rc = tracker->alive && tracker->unreadable ? 0 : -ENOMEM;
-	}
-	if (!rc)
-		rc = mprotect(tracker->unreadable, page_size_of(tracker), PROT_NONE) ? -errno : 0;
-	if (!rc) {
-		uint64_t alive = (uint64_t)(uintptr_t)tracker->alive;
-		rc = pmc_madvise(alive, alive + page_size_of(tracker), PMC_MADV_WIPEONFORK);
-		atomic_store(tracker->alive, 1);
-	}
-	if (!rc && !pmc_is_async(tracker))
-		rc = pmc_fault_thread_start(tracker);
+	int rc = set_up(tracker);
+	result->operation = tracker->operation;
 	if (rc) {
 		close_descriptors(tracker);
 		pmc_tracker_put(tracker);

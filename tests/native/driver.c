@@ -312,7 +312,7 @@ static void open_tracker(struct drive *drive, int how, uint64_t features, uint32
 	check("open userfaultfd", config.uffd);
 	check("open pagemap", config.pagemap);
 	check("handshake", pmc_uffd_handshake(config.uffd, features, &granted));
-	check("open tracker", pmc_tracker_create(&drive->tracker, &config));
+	check("open tracker", pmc_tracker_create(&drive->tracker, &config, &result));
 	check("track", pmc_range_create(&drive->range, drive->tracker, drive->start, drive->end, &result));
 	pmc_result_release(&result);
 	for (unsigned i = 0; i < READERS; i++)
