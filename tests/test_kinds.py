@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import tempfile
@@ -30,21 +31,27 @@ POOL = Path("/proc/sys/vm/nr_hugepages")
 MFD_HUGETLB = 4
 
 
+def meminfo() -> dict[str, str]:
+    """By name, as text."""
+    return dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+
+
 @pytest.fixture
 def pool() -> Iterator[None]:
     """At least eight free huge pages of 2 MiB."""
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    if facts.get("Hugepagesize", "").split()[:1] != [str(HUGE >> 10)]:
+    if meminfo().get("Hugepagesize", "").split()[:1] != [str(HUGE >> 10)]:
         lacking("hugetlb", "no huge pages of 2 MiB (ENOENT)", "a kernel with CONFIG_HUGETLBFS")
-    before = POOL.read_text()
-    if int(facts["HugePages_Free"].split()[0]) < 8:
-        try:
-            POOL.write_text("16")
-        except OSError as error:
-            lacking("hugetlb", f"no huge pages are reserved ({error.strerror})", "sysctl vm.nr_hugepages=16")
-    yield
-    if POOL.read_text() != before:
-        POOL.write_text(before)
+    with POOL.open(encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once would each restore what the other one set
+        before = POOL.read_text()
+        if int(meminfo()["HugePages_Free"].split()[0]) < 8:
+            try:
+                POOL.write_text("16")
+            except OSError as error:
+                lacking("hugetlb", f"no huge pages are reserved ({error.strerror})", "sysctl vm.nr_hugepages=16")
+        yield
+        if POOL.read_text() != before:
+            POOL.write_text(before)
 
 
 def hugetlb_refused(flavour: Flavour) -> bool:

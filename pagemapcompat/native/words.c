@@ -15,7 +15,7 @@
 //                      *quiet*, remembers that it was so when last asked for; still so is unchanged.
 // Without bit 57 (before 5.14) the fault thread's log stands in for it, and each call protects everything again,
 // under fault_lock: a page discarded and written again has lost its protection, and nothing shows that. Such a write is
-// missed, but no later one.
+// missed, but none that follows a call which went over the page; one whose limit was reached only looked at what lies behind.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
