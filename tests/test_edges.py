@@ -186,3 +186,22 @@ def test_guard_pages_that_were_mapped_anew(flavour: Flavour, area: Callable[...,
         ram.rearm()
         assert pages_of(ram.collect()) == {4, 5}
         assert pages_of(ram.collect()) == set()
+
+
+def test_a_reset_that_fails_leaves_alone_what_lies_behind(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """An empty page that was reported while it could not be read, and now can be, is not populated and not written."""
+    with flavour.tracker() as tracker:
+        memory = area(8)
+        ram = tracker.track(memory)
+        for page in (4, 6):
+            libc.mprotect(memory.start + page * PAGE, PAGE, libc.PROT_NONE)
+            libc.madvise(memory.start + page * PAGE, PAGE, mmap.MADV_DONTNEED)
+        ram.collect()
+        libc.mmap(PAGE, address=memory.start + 2 * PAGE)
+        for page in (4, 6):
+            libc.mprotect(memory.start + page * PAGE, PAGE, libc.PROT_READ | libc.PROT_WRITE)
+        with pytest.raises(NotTrackedError):
+            ram.reset()
+        assert pages_of(ram.peek(3 * PAGE)) == set()
+        libc.fill(memory.start + 6 * PAGE)
+        assert pages_of(ram.collect(3 * PAGE)) == {6}

@@ -402,8 +402,14 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 	*walk_end = start;
 	for (uint64_t pos = start; pos < end; pos = *walk_end) {
 		uint64_t to = look ? min_u64(end, align_down(pos, chunk) + chunk) : end;
-		if (needs_population(&pass) && !populate(tracker, pos, to))
-			range->exact = false;
+		if (needs_population(&pass)) {
+			// One mapping at a time: behind one that is not tracked, where this ends, what was populated would look written.
+			struct vma vma;
+			if (pmc_find_vma(tracker, pos, &vma) > 0)
+				to = min_u64(to, vma.start > pos ? vma.start : vma.end);
+			if (!populate(tracker, pos, to))
+				range->exact = false;
+		}
 		// Read first: a page that was empty then and is protected now has been written meanwhile, and is found by its mark or by
 		// being empty no more. The other way round a page written in between would be neither protected nor noticed.
 		if (look) {
