@@ -25,60 +25,85 @@ plain = ctypes.PyDLL(None, use_errno=True)
 """The C library, called with the GIL held: what forks through it has a GIL that works, and ran no hook of Python's."""
 
 
-def in_child(function: Callable[..., object], *arguments: Any, seconds: float = CHILD_SECONDS) -> None:
-    """Run a function that could hang in a forked child. Fails with its traceback, or with every thread's if it hangs.
+class Child:
+    """A forked process that runs a function, and what it says when that fails or hangs.
 
     Cheaper than `run_child`, which starts an interpreter; it ends by `os._exit`, also while threads of it run.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: faulthandler's timer is one
-        output, to_parent = os.pipe()
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.close(output)
-            os.setsid()  # so that whatever it leaves behind can be ended with it
-            plain.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an aborted test run leaves nothing running
-            faulthandler.enable(to_parent)
-            function(*arguments)
-            status = 0
-        except BaseException:
-            os.write(to_parent, traceback.format_exc().encode())
-        finally:
-            os._exit(status)
-    os.close(to_parent)
-    os.set_blocking(output, False)
-    ended = os.pidfd_open(pid)
-    said, hung = b"", False
-    try:
+
+    def __init__(self, function: Callable[..., object], *arguments: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: faulthandler's timer is one
+            self._output, to_parent = os.pipe()
+            self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.close(self._output)
+                os.setsid()  # so that whatever it leaves behind can be ended with it
+                plain.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an aborted test run leaves nothing running
+                faulthandler.enable(to_parent)
+                function(*arguments)
+                status = 0
+            except BaseException:
+                os.write(to_parent, traceback.format_exc().encode())
+            finally:
+                os._exit(status)
+        os.close(to_parent)
+        os.set_blocking(self._output, False)
+        self._ended = os.pidfd_open(self.pid)
+        self._said = b""
+
+    def wait(self, seconds: float, answer: int = -1) -> None:
+        """Until there is something to read from *answer*, or it ends.
+
+        Fails with its traceback, or with every thread's if it hangs.
+        """
+        hung = False
         # Until it ends, not until the pipe does: processes that it leaves behind may hold the other end.
         deadline = time.monotonic() + seconds
-        reading = [ended, output]
+        reading = [self._ended, self._output, *([answer] if answer >= 0 else [])]
         while True:
             ready, _, _ = select.select(reading, [], [], max(0.0, deadline - time.monotonic()))
-            if output in ready:
-                piece = os.read(output, 1 << 16)
-                said += piece
+            if self._output in ready:
+                piece = os.read(self._output, 1 << 16)
+                self._said += piece
                 if not piece:
-                    reading.remove(output)
+                    reading.remove(self._output)
                 continue
-            if ended in ready:
+            if self._ended in ready:
                 break
+            if answer in ready and not hung:
+                return
             if hung:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
             else:
-                os.kill(pid, signal.SIGABRT)  # faulthandler shows where everybody is
+                os.kill(self.pid, signal.SIGABRT)  # faulthandler shows where everybody is
                 hung, deadline = True, time.monotonic() + 5
+        status = self.end()
+        text = self._said.decode(errors="replace")
+        assert not hung, f"the child hung for {seconds} s\n{text}"
+        assert status == 0, f"the child ended with {os.waitstatus_to_exitcode(status)}\n{text}"
+
+    def end(self) -> int:
+        """End it with all that it left behind, if that has not been done. Returns its status."""
+        if self.pid:
+            os.close(self._ended)
+            os.close(self._output)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            _, self._status = os.waitpid(self.pid, 0)
+            self.pid = 0
+        return self._status
+
+
+def in_child(function: Callable[..., object], *arguments: Any, seconds: float = CHILD_SECONDS) -> None:
+    """Run a function that could hang in a forked child. Fails as `Child.wait` does."""
+    child = Child(function, *arguments)
+    try:
+        child.wait(seconds)
     finally:
-        os.close(ended)
-        os.close(output)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-    text = said.decode(errors="replace")
-    assert not hung, f"the child hung for {seconds} s\n{text}"
-    assert status == 0, f"the child ended with {os.waitstatus_to_exitcode(status)}\n{text}"
+        child.end()
 
 
 def memory_of(kind: str, pages: int) -> mmap.mmap:

@@ -59,6 +59,20 @@ class Flavour:
         return KeepingTracker(self.backend, **options)
 
 
+class Paranoid(Flavour):
+    """One whose answers are compared with the memory."""
+
+    def tracker(self, **options: Any) -> DirtyTracker:
+        """The backend is what is left of both."""
+        return KeepingTracker("paranoid", **options)
+
+
+def paranoid(one: Flavour) -> Paranoid:
+    """A flavour, compared."""
+    others = ("pagemap-scan",) if one.backend == "uffd-wp" else ()
+    return Paranoid(f"paranoid-{one.name}", one.backend, (*one.disabled, *others))
+
+
 _BEFORE_6_11 = ("procmap-query",)
 _BEFORE_6_4 = (*_BEFORE_6_11, "uffd-wp-multi-vma", "uffd-wp-unpopulated")
 FLAVOURS = (

@@ -22,7 +22,6 @@ from conftest import FLAVOURS, PAGE, PRIVATE, Flavour, environment, libc
 from pagemapcompat import (
     AddressRange,
     Cursor,
-    DirtyTracker,
     Feature,
     Guarantee,
     KernelError,
@@ -263,7 +262,7 @@ class Side:
         if memory.kind == "huge":
             libc.madvise(self.place.start, self.place.length, HUGEPAGE)
         with environment(flavour):
-            self.tracker = DirtyTracker(flavour.backend, on_untracked=policy)  # type: ignore[arg-type]
+            self.tracker = flavour.tracker(on_untracked=policy)
             marks_empty = probe().supports(Feature.UFFD_WP_UNPOPULATED, Feature.PAGEMAP_UFFD_WP)
         self._traits = {"words": flavour.backend == "uffd-wp", "marks_empty": marks_empty}
         self.ram: TrackedRange
@@ -827,6 +826,17 @@ def replay(flavours: Sequence[Flavour], kind: str, policy: str, steps: Iterable[
         program.close()
 
 
+def draw(seed: int, steps: int, kinds: Sequence[str]) -> tuple[str, str, list[Step]]:
+    """The program that *seed* stands for: its kind of memory, what it does about untracked memory, its steps."""
+    dice = random.Random(seed)
+    kind, policy = dice.choice(kinds), dice.choice(POLICIES)
+    # Few kinds of operations in one program meet more often than all of them.
+    often = {name: weight for name, weight in OPERATIONS.items() if name in NEEDED or dice.random() < 0.6}
+    names = dice.choices(list(often), list(often.values()), k=steps)
+    made = [make_step(name, kind, dice.randrange(1024), dice.choice(SPANS), dice.randrange(256)) for name in names]
+    return kind, policy, made
+
+
 def run(
     seed: int, flavours: Sequence[Flavour] = FLAVOURS, steps: int = 60, kinds: Sequence[str] = tuple(PAGES)
 ) -> Counts:
@@ -834,12 +844,7 @@ def run(
 
     One at a time in a process, and with no other thread that writes.
     """
-    dice = random.Random(seed)
-    kind, policy = dice.choice(kinds), dice.choice(POLICIES)
-    # Few kinds of operations in one program meet more often than all of them.
-    often = {name: weight for name, weight in OPERATIONS.items() if name in NEEDED or dice.random() < 0.6}
-    names = dice.choices(list(often), list(often.values()), k=steps)
-    made = [make_step(name, kind, dice.randrange(1024), dice.choice(SPANS), dice.randrange(256)) for name in names]
+    kind, policy, made = draw(seed, steps, kinds)
     try:
         return replay(able(flavours, kind), kind, policy, map(attrs.astuple, made))
     except Finding as finding:

@@ -11,7 +11,7 @@ import contextlib
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from children import Crew, Mirror, in_child, memory_of
 from conftest import PAGE, Flavour
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from programs import Counts
 
 from pagemapcompat import ConcurrentWriteError, Cursor, DirtyTracker, Snapshot
 
@@ -90,6 +91,7 @@ class Program:
         self.snapshots: list[tuple[Snapshot, dict[int, bytes]]] = []
         self.known: dict[int, bytes] | None = None  # what the memory was last equal to
         self.since: set[int] = set()  # the program's pages written since
+        self.counts = Counts()
 
     def page(self, number: int) -> int:
         """One of the program's own."""
@@ -107,6 +109,7 @@ class Program:
 
     def step(self, action: str, a: int, b: int) -> None:
         """One step of the program."""
+        self.counts.operations += 1
         getattr(self, f"do_{action}")(a, b)
 
     def do_write(self, a: int, b: int) -> None:
@@ -117,6 +120,7 @@ class Program:
             content[b % PAGE] = (content[b % PAGE] + 1 + a % 255) % 256
             self.memory[page * PAGE + b % PAGE] = content[b % PAGE]
             self.own[page] = bytes(content)
+        self.counts.written += len(pages)
         self.wrote(pages)
 
     def _reader(self, number: int) -> Reader:
@@ -131,6 +135,7 @@ class Program:
         """A reader takes everything."""
         reader = self._reader(a)
         result = reader.cursor.collect()
+        self.counts.reported += result.pages
         reader.mirror.merge(result)
         self.result(set(result.page_indices()), reader.due)
         reader.due = set()
@@ -139,6 +144,7 @@ class Program:
         """A reader takes a few pages of a part."""
         reader, first = self._reader(a), b % (2 * OWN)
         result = reader.cursor.collect(first * PAGE, None, max_pages=1 + a % 7)
+        self.counts.reported += result.pages
         reader.mirror.merge(result)
         end = (result.walk_end - self.ram.range.start) // PAGE
         done = {page for page in reader.due if first <= page < end}
@@ -245,9 +251,26 @@ class Program:
             reader.mirror.finish()
 
 
+def play(flavour: Flavour, kind: str, steps: Iterable[tuple[str, int, int]]) -> Counts:
+    """Run one program."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.0003)  # the writers hold the GIL nearly all the time
+    with flavour.tracker() as tracker:
+        program = Program(tracker, kind)
+        try:
+            for action, a, b in steps:
+                program.step(action, a, b)
+            program.finish()
+            return program.counts
+        finally:
+            program.writers.stop()
+            for reader in program.readers[1:]:
+                reader.cursor.close()
+            sys.setswitchinterval(interval)
+
+
 def explore(flavour: Flavour, kind: str, examples: int, steps: int) -> None:
     """Random programs of so many steps or twice as many, always the same ones."""
-    sys.setswitchinterval(0.0003)  # the writers hold the GIL nearly all the time
 
     @settings(
         max_examples=examples,
@@ -259,16 +282,7 @@ def explore(flavour: Flavour, kind: str, examples: int, steps: int) -> None:
     )
     @given(st.lists(STEP, min_size=steps, max_size=2 * steps))
     def run(steps: list[tuple[str, int, int]]) -> None:
-        with flavour.tracker() as tracker:
-            program = Program(tracker, kind)
-            try:
-                for action, a, b in steps:
-                    program.step(action, a, b)
-                program.finish()
-            finally:
-                program.writers.stop()
-                for reader in program.readers[1:]:
-                    reader.cursor.close()
+        play(flavour, kind, steps)
 
     run()
 

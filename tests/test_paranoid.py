@@ -15,14 +15,14 @@ import attrs
 import pytest
 from children import Crew, Raw, in_child
 from conftest import (
-    FLAVOURS,
     PAGE,
     Flavour,
-    KeepingTracker,
     claims,
+    flavours,
     libc,
     need_shared,
     pages_of,
+    paranoid,
     part,
     private,
     use_flavour,
@@ -56,23 +56,7 @@ pytestmark: list[Any] = []
 PAGES = 64
 
 
-@attrs.frozen
-class Paranoid(Flavour):
-    """The flavours of both backends, compared."""
-
-    def tracker(self, **options: Any) -> DirtyTracker:
-        """The backend is what is left of both."""
-        return KeepingTracker("paranoid", **options)
-
-
-def paranoid(one: Flavour) -> Any:
-    """The parameter for a flavour."""
-    disabled = (*one.disabled, *(("pagemap-scan",) if one.backend == "uffd-wp" else ()))
-    marks = pytest.mark.imitated if one.disabled else ()
-    return pytest.param(Paranoid(one.name, one.backend, disabled), id=one.name, marks=marks)
-
-
-@pytest.fixture(params=[paranoid(one) for one in FLAVOURS])
+@pytest.fixture(params=[pytest.param(paranoid(one.values[0]), id=one.id, marks=one.marks) for one in flavours()])
 def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flavour:
     """Each generation of each backend that can run here, compared."""
     return use_flavour(request.param, monkeypatch)
