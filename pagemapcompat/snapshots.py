@@ -39,8 +39,8 @@ class Snapshot:
 
     A value: it never changes, stays good when the tracker is closed, and any thread may read it. Snapshots share the
     pages that they have in common, so that one costs what was written since the one before it, and a few hundred bytes
-    for each 2 MiB in which anything was. Guard pages and holes are not held, and a restore leaves them alone. Its own
-    memory comes from malloc(3): do not track that heap to restore it.
+    for each 16 pages in which anything was. Guard pages and holes are not held, and a restore leaves them alone. Its
+    own memory comes from malloc(3): do not track that heap to restore it.
 
     Attributes:
         range: Where the memory lay.

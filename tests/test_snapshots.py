@@ -390,7 +390,7 @@ def test_an_odd_end(tracker: DirtyTracker) -> None:
     assert memory[-1] == 5
 
 
-@pytest.mark.parametrize("pages", [1, 2, 511, 512, 513])
+@pytest.mark.parametrize("pages", [1, 2, 16, 17, 256, 257])
 def test_sizes(tracker: DirtyTracker, pages: int) -> None:
     """Trees of any height, and their borders."""
     memory = private(pages)
