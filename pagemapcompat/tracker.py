@@ -72,11 +72,11 @@ class TrackedRange(Cursor):
 
             ClosedError, FaultThreadError: As for `peek`.
 
-        Cost: a collect, a look at the mappings, and 1 to 3 us a page; the first time a read of every page that is
+        Cost: a collect, a look at the mappings, and 0.5 to 3 us a page; the first time a read of every page that is
         there. Empty pages of private anonymous memory are not populated, except with `uffd-wp-unpopulated` on machines
         with swap; those of shared memory and files are.
 
-        Source: process_vm_readv(2); proc_pid_mem(5); fs/proc/base.c: proc_mem_foll_force.
+        Source: process_vm_writev(2); proc_pid_mem(5); fs/proc/base.c: proc_mem_foll_force.
         """
         return self._history.snapshot()
 
@@ -108,10 +108,10 @@ class TrackedRange(Cursor):
 
             NotTrackedError, ClosedError, FaultThreadError: As for `snapshot`.
 
-        Cost: a peek, a collect, a look at the mappings, and 1 to 3 us a page; of another snapshot than the last, also
+        Cost: a peek, a collect, a look at the mappings, and 0.5 to 3 us a page; of another snapshot than the last, also
         of the pages in which the two differ.
 
-        Source: process_vm_writev(2).
+        Source: process_vm_readv(2).
         """
         return self._history.restore(snapshot, verify=verify)
 

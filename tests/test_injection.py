@@ -95,6 +95,8 @@ ERRNOS = {
     "F_GETFL": (EACCES,),
     "F_SETFL": (EACCES,),
     "PR_GET_DUMPABLE": (EPERM,),
+    "SYS_process_vm_readv": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
+    "SYS_process_vm_writev": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
     "SYS_userfaultfd": (EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EPERM),
     "FUTEX_WAIT_PRIVATE": (EAGAIN, EINTR),
     "FUTEX_WAKE_PRIVATE": (),  # given an address that is there it wakes whoever waits
@@ -111,7 +113,6 @@ ERRNOS = {
     "open": (EACCES, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM),
     "pread": (EACCES, EINTR, EIO, ENOMEM),
     "process_vm_readv": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
-    "process_vm_writev": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
     "pthread_attr_init": (ENOMEM,),
     "pthread_attr_setstack": (EINVAL,),
     "pthread_create": (EAGAIN, EPERM),
@@ -138,7 +139,7 @@ LATE = {
         "mprotect": (ENOMEM,),
     },
     HALFWAY: {"PAGEMAP_SCAN": (EINTR, ENOMEM, EPERM), "UFFDIO_WRITEPROTECT": (EAGAIN, EINTR, ENOENT, ENOMEM)},
-    SHORT: dict.fromkeys(("pread", "process_vm_readv", "process_vm_writev", "read"), (0,)),
+    SHORT: dict.fromkeys(("SYS_process_vm_readv", "SYS_process_vm_writev", "pread", "process_vm_readv", "read"), (0,)),
 }
 """What is done, or half done, when the call fails. Sources: close(2); fs/proc/task_mmu.c, pagemap_scan_flush_buffer."""
 
@@ -401,12 +402,14 @@ class Stage:
 
 OTHERWISE = {
     # Refused each in its own way, a page cannot be had.
-    **dict.fromkeys(("pread", "process_vm_readv"), (EIO,)),
-    **dict.fromkeys(("pwrite", "process_vm_writev"), (EFAULT,)),
+    **dict.fromkeys(("SYS_process_vm_writev", "pread"), (EIO,)),
+    **dict.fromkeys(("SYS_process_vm_readv", "pwrite"), (EFAULT,)),
 }
 """Errnos that the failure of a call may come out as."""
 OPERATIONS = {
     **dict.fromkeys(("UFFDIO_API", "SYS_userfaultfd", "USERFAULTFD_IOC_NEW"), frozenset({"userfaultfd"})),
+    "SYS_process_vm_readv": {"process_vm_readv"},
+    "SYS_process_vm_writev": {"process_vm_writev"},
     "UFFDIO_WAKE": {"UFFDIO_UNREGISTER"},  # of which it is a part
     "UFFDIO_WRITEPROTECT": {"UFFDIO_WRITEPROTECT", "UFFDIO_COPY"},  # what was refused is looked for
     **dict.fromkeys(("PROCMAP_QUERY", "lseek", "read"), frozenset({"/proc/self/maps", "/proc/self/smaps"})),
@@ -414,8 +417,8 @@ OPERATIONS = {
     **dict.fromkeys(("F_GETFL", "F_SETFL"), frozenset({"fcntl"})),
     **dict.fromkeys(("pthread_attr_init", "pthread_attr_setstack"), frozenset({"pthread_create"})),
     "open": {"/proc/self/maps", "/proc/self/mem", "/proc/self/smaps"},
-    "pread": {"/proc/self/pagemap", "/proc/self/mem", "process_vm_readv"},
-    "pwrite": {"/proc/self/mem", "process_vm_writev"},
+    "pread": {"/proc/self/pagemap", "/proc/self/mem", "process_vm_writev"},
+    "pwrite": {"/proc/self/mem", "process_vm_readv"},
 }
 """What it is called in the error, where that is not its name."""
 

@@ -228,6 +228,26 @@ def test_protected_pages(tracker: DirtyTracker, area: Callable[..., AddressRange
     assert peeked(place) == expected
 
 
+def test_more_pages_than_one_call_copies(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
+    """Barred pages beside its ends are no others'."""
+    pages = 1040
+    place = area(pages)
+    ram = tracker.track(place)
+    expected = b"".join((page + 1).to_bytes(4, "little") * (PAGE // 4) for page in range(pages))
+    ctypes.memmove(place.start, expected, place.length)
+    barred = [0, 510, 511, 512, 514, 1022, 1023, 1025, pages - 1]
+    for page in barred:
+        libc.mprotect(place.start + page * PAGE, PAGE, libc.PROT_NONE)
+    first = ram.snapshot()
+    assert first.read() == expected
+    libc.mprotect(place.start, place.length, libc.PROT_READ | libc.PROT_WRITE)
+    libc.fill(place.start, place.length, 99)
+    for page in barred:
+        libc.mprotect(place.start + page * PAGE, PAGE, libc.PROT_READ)
+    assert ram.restore(first, verify=True).pages == pages
+    assert peeked(place) == expected
+
+
 def test_holes(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
     """What was not there is not held, and left alone; what cannot be written any more is named."""
     place = area(48)

@@ -1,27 +1,32 @@
 // Copying between memory and images: capture, restore, compare.
 //
 // Memory is read and written through the kernel, never by a load or a store: a page that another thread has just protected,
-// unmapped or made a guard page is then an answer and not a SIGSEGV. process_vm_readv(2) takes many pages in one call and obeys their
-// protection; what it refuses is tried by force.
+// unmapped or made a guard page is then an answer and not a SIGSEGV. process_vm_writev(2) takes many pages in one call and obeys their
+// protection; what it refuses is tried by force. It looks up and pins each page of the remote side, and copies from the local side as write(2) does
+// (mm/process_vm_access.c), so the remote side is a buffer of ours, which is one huge page where there are any: that takes a third of
+// what process_vm_readv(2) takes the natural way round. To write to memory the two change places.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/sysinfo.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "internal.h"
 
-#define BATCH 24 // pages of one process_vm_readv: with more, malloc gives the memory of the frames back each time
+#define BATCH 512 // pages of the buffer, and of one call
 #define LOOK_FROM 16 // pages of a region from which on it pays to ask first which of them hold anything
 
 // What is known of a page before it is read.
 enum { MAY_HOLD, IS_EMPTY, IS_NOT_THERE };
 
-// One job: pages are gathered into batches, each of which is one call.
+// One job: pages are gathered into batches, each of which is one call. Its memory stays with the tracker, for it takes longer to get than
+// a few pages to copy.
 struct copier {
 	struct pmc_range *range;
 	struct pmc_tracker *tracker;
@@ -32,20 +37,23 @@ struct copier {
 	bool write;
 	// What is done with a page: before, when nothing is to be read from it, and after it was read.
 	int (*unread)(struct copier *copier, uint64_t from, uint64_t to, enum pmc_content content);
-	int (*read)(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame);
+	int (*read)(struct copier *copier, uint64_t page, enum pmc_content content, const unsigned char *bytes);
 	struct pmc_image *image; // that is made
 	const struct pmc_image *given;
 	uint32_t count;
 	uint32_t pieces;
-	struct iovec local[BATCH];
-	struct iovec remote[BATCH];
+	unsigned char *buffer; // where pages are on their way between memory and images
+	struct iovec memory[BATCH]; // what is in it, as pieces of memory and as pages
 	uint64_t pages[BATCH];
 	enum pmc_content content[BATCH];
-	struct frame *frames[BATCH];
 	unsigned char known[PMC_WORDS];
 	unsigned char resident[PMC_WORDS];
-	unsigned char zeros[]; // a page
 };
+
+static unsigned char *buffer_at(const struct copier *copier, uint32_t index)
+{
+	return copier->buffer + ((uint64_t)index << copier->page_shift);
+}
 
 // Whether a guard page can be told from an empty one that is marked.
 static bool shows_guards(const struct pmc_tracker *tracker)
@@ -63,7 +71,7 @@ static int refused_by(struct copier *copier, const char *operation, uint64_t add
 
 static int refused(struct copier *copier, uint64_t address, int error)
 {
-	return refused_by(copier, copier->write ? "process_vm_writev" : "process_vm_readv", address, error);
+	return refused_by(copier, copier->write ? "process_vm_readv" : "process_vm_writev", address, error);
 }
 
 // What a function said that fails for want of memory alone.
@@ -143,7 +151,7 @@ static int read_refused(struct copier *copier, uint32_t index)
 		copier->content[index] = PMC_ZERO;
 		return rc < 0 ? rc : 0;
 	}
-	rc = force(copier, address, copier->local[index].iov_base);
+	rc = force(copier, address, buffer_at(copier, index));
 	if (rc)
 		return rc < 0 ? rc : 0;
 	pmc_vmas_refresh(&tracker->vmas);
@@ -179,7 +187,7 @@ static int write_refused(struct copier *copier, uint32_t index)
 		rc = pmc_protect(tracker, unit, unit + size, piece->page_shift, 0, &untracked);
 	if (rc && rc != -ENOENT)
 		return rc;
-	rc = force(copier, address, copier->local[index].iov_base);
+	rc = force(copier, address, buffer_at(copier, index));
 	if (rc)
 		return rc < 0 ? rc : 0;
 	return refused(copier, address, -EFAULT);
@@ -191,10 +199,11 @@ static int flush(struct copier *copier)
 	uint32_t done = 0, piece = 0;
 	int rc = 0;
 	while (done < copier->count && !rc) {
-		struct iovec *local = copier->local + done, *remote = copier->remote + piece;
-		ssize_t got = copier->write ?
-			process_vm_writev(getpid(), local, copier->count - done, remote, copier->pieces - piece, 0) :
-			process_vm_readv(getpid(), local, copier->count - done, remote, copier->pieces - piece, 0);
+		struct iovec *memory = copier->memory + piece;
+		const struct iovec buffer = { buffer_at(copier, done), (size_t)(copier->count - done) << copier->page_shift };
+		// Not by the C library's functions: a sanitizer takes their local side for this program's own loads and stores.
+		long got = syscall(copier->write ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), memory,
+				   copier->pieces - piece, &buffer, 1, 0);
 		uint64_t pages = got > 0 ? (uint64_t)got >> copier->page_shift : 0;
 		if (!pages) {
 			rc = copier->write ? write_refused(copier, done) : read_refused(copier, done);
@@ -202,40 +211,30 @@ static int flush(struct copier *copier)
 		}
 		done += (uint32_t)pages;
 		for (uint64_t left = pages << copier->page_shift; left;) {
-			uint64_t step = min_u64(left, copier->remote[piece].iov_len);
-			copier->remote[piece].iov_base = (char *)copier->remote[piece].iov_base + step;
-			copier->remote[piece].iov_len -= step;
-			piece += !copier->remote[piece].iov_len;
+			uint64_t step = min_u64(left, copier->memory[piece].iov_len);
+			copier->memory[piece].iov_base = (char *)copier->memory[piece].iov_base + step;
+			copier->memory[piece].iov_len -= step;
+			piece += !copier->memory[piece].iov_len;
 			left -= step;
 		}
 	}
 	for (uint32_t i = 0; i < copier->count && !rc && copier->read; i++)
-		rc = copier->read(copier, copier->pages[i], copier->content[i], &copier->frames[i]);
+		rc = copier->read(copier, copier->pages[i], copier->content[i], buffer_at(copier, i));
 	copier->count = copier->pieces = 0;
 	return rc;
 }
 
-// Puts a page into the batch: to be written from *bytes*, or to be read, where *bytes* is NULL.
-static int add(struct copier *copier, uint64_t page, void *bytes)
+// Puts a page into the batch. What is to be written there is in the buffer already, at copier->count.
+static int add(struct copier *copier, uint64_t page)
 {
 	uint64_t address = copier->range->start + (page << copier->page_shift), size = 1ull << copier->page_shift;
-	uint32_t i = copier->count;
-	if (!bytes) {
-		if (!copier->frames[i])
-			copier->frames[i] = pmc_frame_alloc(copier->page_shift);
-		if (!copier->frames[i])
-			return stored(copier, -ENOMEM);
-		bytes = copier->frames[i]->bytes;
-	}
-	struct iovec *last = copier->pieces ? &copier->remote[copier->pieces - 1] : NULL;
+	struct iovec *last = copier->pieces ? &copier->memory[copier->pieces - 1] : NULL;
 	if (last && (uint64_t)(uintptr_t)last->iov_base + last->iov_len == address)
 		last->iov_len += size;
 	else
-		copier->remote[copier->pieces++] = (struct iovec){ (void *)(uintptr_t)address, size };
-	copier->local[i] = (struct iovec){ bytes, size };
-	copier->pages[i] = page;
-	copier->content[i] = PMC_HELD;
-	copier->count++;
+		copier->memory[copier->pieces++] = (struct iovec){ (void *)(uintptr_t)address, size };
+	copier->pages[copier->count] = page;
+	copier->content[copier->count++] = PMC_HELD;
 	return copier->count == BATCH ? flush(copier) : 0;
 }
 
@@ -300,12 +299,18 @@ static int look(struct copier *copier, uint64_t start, uint64_t count)
 
 static int restore_page(struct copier *copier, uint64_t page, unsigned char known)
 {
+	unsigned char *buffer = buffer_at(copier, copier->count);
+	size_t size = (size_t)1 << copier->page_shift;
 	const unsigned char *bytes;
 	switch (pmc_image_at(copier->given, page, &bytes)) {
 	case PMC_HELD:
-		return add(copier, page, (void *)(uintptr_t)bytes);
+		memcpy(buffer, bytes, size);
+		return add(copier, page);
 	case PMC_ZERO:
-		return known == IS_EMPTY ? 0 : add(copier, page, copier->zeros);
+		if (known == IS_EMPTY)
+			return 0;
+		memset(buffer, 0, size);
+		return add(copier, page);
 	default:
 		return 0;
 	}
@@ -320,7 +325,7 @@ static int run(struct copier *copier, uint64_t from, uint64_t to, unsigned char 
 		return rc ? rc : copier->unread(copier, from, to, known == IS_EMPTY ? PMC_ZERO : PMC_MISSING);
 	}
 	for (uint64_t page = from; page < to && !rc; page++)
-		rc = copier->write ? restore_page(copier, page, known) : add(copier, page, NULL);
+		rc = copier->write ? restore_page(copier, page, known) : add(copier, page);
 	return rc;
 }
 
@@ -344,21 +349,46 @@ static int copy_region(struct copier *copier, const struct page_region *region)
 	return rc;
 }
 
+// The tracker's copier. NULL: out of memory.
+static struct copier *copier_of(struct pmc_tracker *tracker)
+{
+	uint64_t size = (uint64_t)BATCH << tracker->page_shift;
+	size_t header = align_up(sizeof(struct copier), page_size_of(tracker));
+	if (!tracker->copier) {
+		tracker->copier = pmc_pages_alloc(header + 2 * size);
+		if (!tracker->copier)
+			return NULL;
+		tracker->copier_size = header + 2 * size;
+		// A child has no use for it, and a huge page that is shared with one falls to pieces at the next copy.
+		uint64_t start = (uint64_t)(uintptr_t)tracker->copier;
+		(void)pmc_madvise(start, start + tracker->copier_size, PMC_MADV_WIPEONFORK);
+	}
+	struct copier *copier = tracker->copier;
+	uint64_t buffer = align_up((uint64_t)(uintptr_t)copier + header, size);
+	// What one page table of the lowest level maps, which is a huge page.
+	if (!copier->buffer && size == page_size_of(tracker) * (page_size_of(tracker) / sizeof(uint64_t)))
+		(void)pmc_madvise(buffer, buffer + size, MADV_HUGEPAGE);
+	memset(copier, 0, offsetof(struct copier, memory));
+	copier->buffer = (unsigned char *)(uintptr_t)buffer;
+	return copier;
+}
+
 // Begins a job, under the tracker's mutex.
 static int begin(struct copier **ret, struct pmc_range *range, struct pmc_result *result)
 {
+	struct pmc_tracker *tracker = range->tracker;
 	struct sysinfo info;
 	int rc = pmc_enter_range(range);
 	if (rc)
 		return rc;
-	range->tracker->operation = "mmap";
-	struct copier *copier = pmc_pages_alloc(sizeof(*copier) + page_size_of(range->tracker));
+	tracker->operation = "mmap";
+	struct copier *copier = copier_of(tracker);
 	if (!copier)
-		return pmc_leave(range->tracker, -ENOMEM, result);
+		return pmc_leave(tracker, -ENOMEM, result);
 	copier->range = range;
-	copier->tracker = range->tracker;
+	copier->tracker = tracker;
 	copier->result = result;
-	copier->page_shift = range->tracker->page_shift;
+	copier->page_shift = tracker->page_shift;
 	copier->mem = -1;
 	copier->swap = sysinfo(&info) || info.totalswap;
 	*ret = copier;
@@ -406,11 +436,8 @@ static int copy_regions(struct copier *copier, const struct page_region *regions
 		rc = copy_region(copier, &regions[i]);
 	if (!rc)
 		rc = flush(copier);
-	for (uint32_t i = 0; i < BATCH; i++)
-		pmc_frame_put(copier->frames[i]);
 	if (copier->mem >= 0)
 		close(copier->mem);
-	pmc_pages_free(copier, sizeof(*copier) + page_size_of(tracker));
 	return pmc_leave(tracker, rc, result);
 }
 
@@ -421,14 +448,11 @@ static int capture_unread(struct copier *copier, uint64_t from, uint64_t to, enu
 	return stored(copier, pmc_image_clear(copier->image, from, to, content));
 }
 
-static int capture_read(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame)
+static int capture_read(struct copier *copier, uint64_t page, enum pmc_content content, const unsigned char *bytes)
 {
-	if (content == PMC_HELD && pmc_is_zero((*frame)->bytes, copier->page_shift))
-		content = PMC_ZERO; // a page of zeros is held as none
-	int rc = stored(copier, pmc_image_put(copier->image, page, content, *frame));
-	if (!rc && content == PMC_HELD)
-		*frame = NULL;
-	return rc;
+	if (content == PMC_HELD)
+		return stored(copier, pmc_image_load(copier->image, page, 1, bytes));
+	return stored(copier, pmc_image_clear(copier->image, page, page + 1, content));
 }
 
 int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct page_region *regions, uint64_t count,
@@ -480,16 +504,16 @@ static int compare_unread(struct copier *copier, uint64_t from, uint64_t to, enu
 	return rc;
 }
 
-static int compare_read(struct copier *copier, uint64_t page, enum pmc_content content, struct frame **frame)
+static int compare_read(struct copier *copier, uint64_t page, enum pmc_content content, const unsigned char *bytes)
 {
-	const unsigned char *bytes;
+	const unsigned char *wanted;
 	if (content != PMC_HELD)
 		return compare_unread(copier, page, page + 1, content);
-	switch (pmc_image_at(copier->given, page, &bytes)) {
+	switch (pmc_image_at(copier->given, page, &wanted)) {
 	case PMC_HELD:
-		return memcmp((*frame)->bytes, bytes, 1ull << copier->page_shift) ? differs(copier, page) : 0;
+		return memcmp(bytes, wanted, (size_t)1 << copier->page_shift) ? differs(copier, page) : 0;
 	case PMC_ZERO:
-		return pmc_is_zero((*frame)->bytes, copier->page_shift) ? 0 : differs(copier, page);
+		return pmc_is_zero(bytes, copier->page_shift) ? 0 : differs(copier, page);
 	default:
 		return 0;
 	}

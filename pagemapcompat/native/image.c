@@ -14,6 +14,11 @@
 #define SLOT_BITS 4
 #define SLOTS (1u << SLOT_BITS)
 
+struct frame {
+	atomic_uint references;
+	unsigned char bytes[]; // a page
+};
+
 struct node {
 	atomic_uint references;
 	void *slots[SLOTS]; // nodes, or on the lowest level frames; NULL: zero, MISSING: nothing there
@@ -35,7 +40,7 @@ static bool is_whole(const void *slot)
 	return !slot || slot == MISSING;
 }
 
-struct frame *pmc_frame_alloc(uint32_t page_shift)
+static struct frame *frame_alloc(uint32_t page_shift)
 {
 	struct frame *frame = malloc(sizeof(*frame) + (1ull << page_shift));
 	if (frame)
@@ -43,9 +48,9 @@ struct frame *pmc_frame_alloc(uint32_t page_shift)
 	return frame;
 }
 
-void pmc_frame_put(struct frame *frame)
+static void frame_put(struct frame *frame)
 {
-	if (frame && atomic_fetch_sub(&frame->references, 1) == 1)
+	if (atomic_fetch_sub(&frame->references, 1) == 1)
 		free(frame);
 }
 
@@ -68,7 +73,7 @@ static void let_go(void *slot, uint32_t level)
 	if (is_whole(slot))
 		return;
 	if (!level) {
-		pmc_frame_put(slot);
+		frame_put(slot);
 		return;
 	}
 	struct node *node = slot;
@@ -163,15 +168,6 @@ static int put_whole(struct pmc_image *image, uint64_t page, void *what)
 	return get(image, page) == what ? 0 : put(image, page, what);
 }
 
-int pmc_image_put(struct pmc_image *image, uint64_t page, enum pmc_content content, struct frame *frame)
-{
-	if (content == PMC_MISSING)
-		return put_whole(image, page, MISSING);
-	if (content == PMC_ZERO)
-		return put_whole(image, page, NULL);
-	return put(image, page, frame);
-}
-
 // Puts *what* at all pages [from, to) below *slot*, whose first page is *first*: whole slots at once.
 static int fill(void **slot, uint32_t level, uint64_t first, uint64_t from, uint64_t to, void *what)
 {
@@ -210,17 +206,20 @@ int pmc_image_load(struct pmc_image *image, uint64_t first, uint64_t count, cons
 {
 	uint64_t size = 1ull << image->page_shift;
 	for (uint64_t i = 0; i < count; i++, bytes += size) {
-		struct frame *frame = NULL;
-		if (!pmc_is_zero(bytes, image->page_shift)) {
-			frame = pmc_frame_alloc(image->page_shift);
+		int rc = 0;
+		if (pmc_is_zero(bytes, image->page_shift)) {
+			rc = put_whole(image, first + i, NULL);
+		} else {
+			struct frame *frame = frame_alloc(image->page_shift);
 			if (!frame)
 				return -ENOMEM;
 			memcpy(frame->bytes, bytes, size);
+			rc = put(image, first + i, frame);
+			if (rc)
+				frame_put(frame);
 		}
-		if (pmc_image_put(image, first + i, frame ? PMC_HELD : PMC_ZERO, frame)) {
-			pmc_frame_put(frame);
-			return -ENOMEM;
-		}
+		if (rc)
+			return rc;
 	}
 	return 0;
 }

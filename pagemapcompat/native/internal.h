@@ -83,21 +83,11 @@ uint64_t pmc_bits_find(const uint64_t *bits, uint64_t from, uint64_t to, bool va
 
 // -- image.c: what memory held ------------------------------------------------------------------------------
 
-struct frame {
-	atomic_uint references;
-	unsigned char bytes[]; // a page
-};
-
 enum pmc_content { PMC_ZERO, PMC_HELD, PMC_MISSING };
 
-// Room for a page, with one reference. NULL: out of memory.
-struct frame *pmc_frame_alloc(uint32_t page_shift);
-void pmc_frame_put(struct frame *frame);
 bool pmc_is_zero(const unsigned char *bytes, uint32_t page_shift);
 // What an image has at a page; *bytes* where it holds any.
 enum pmc_content pmc_image_at(const struct pmc_image *image, uint64_t page, const unsigned char **bytes);
-// Changes an image that nobody else has yet. With PMC_HELD *frame* is taken over, unless that fails.
-int pmc_image_put(struct pmc_image *image, uint64_t page, enum pmc_content content, struct frame *frame);
 // The first page of [from, to) that is not missing, else to.
 uint64_t pmc_image_first_there(const struct pmc_image *image, uint64_t from, uint64_t to);
 // Makes [from, to) zero or missing.
@@ -214,6 +204,8 @@ struct pmc_tracker {
 	struct page_region regions[PMC_REGIONS]; // all zero between calls
 	struct page_region halves[2][PMC_REGIONS / 2]; // likewise
 	uint64_t words[PMC_WORDS];
+	void *copier; // of copy.c, once there was anything to copy
+	size_t copier_size;
 };
 
 static inline uint64_t page_size_of(const struct pmc_tracker *tracker)

@@ -63,6 +63,7 @@ void pmc_tracker_put(struct pmc_tracker *tracker)
 	pmc_pages_free(tracker->alive, page_size_of(tracker));
 	pmc_pages_free((void *)tracker->bell, page_size_of(tracker));
 	pmc_pages_free(tracker->unreadable, page_size_of(tracker));
+	pmc_pages_free(tracker->copier, tracker->copier_size);
 	pmc_pages_free(tracker, sizeof(*tracker));
 }
 
