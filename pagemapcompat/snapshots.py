@@ -94,6 +94,7 @@ class Snapshot:
     def drop(self) -> None:
         """Free the pages that no other snapshot holds. Those after it stay what they are. Idempotent.
 
+        Of those pages 4 MiB are kept for the snapshots to come, until all that descend from the same one are gone.
         What memory was last made equal to is kept until the next snapshot or restore, or the end of the range.
         """
         self._image = None

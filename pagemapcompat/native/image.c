@@ -13,10 +13,21 @@
 
 #define SLOT_BITS 4
 #define SLOTS (1u << SLOT_BITS)
+#define SPARE_BYTES (4u << 20) // of frames that a pool keeps
 
 struct frame {
 	atomic_uint references;
+	struct frame *next; // in a pool
 	unsigned char bytes[]; // a page
+};
+
+// Frames that nobody holds any more, for the images to come: malloc(3) would give their memory back, and it takes longer to get it again
+// than to copy a page. Whoever finds it busy goes to malloc(3), so nobody waits, not even in a child that was forked meanwhile.
+struct pool {
+	atomic_uint references; // one for each image
+	atomic_flag busy;
+	uint32_t count;
+	struct frame *spare;
 };
 
 struct node {
@@ -29,6 +40,7 @@ struct pmc_image {
 	uint32_t page_shift;
 	uint32_t levels;
 	uint64_t copied; // pages that were put into it
+	struct pool *pool; // which it shares with its base
 	void *root;
 };
 
@@ -40,18 +52,68 @@ static bool is_whole(const void *slot)
 	return !slot || slot == MISSING;
 }
 
-static struct frame *frame_alloc(uint32_t page_shift)
+static bool open_pool(struct pool *pool)
 {
-	struct frame *frame = malloc(sizeof(*frame) + (1ull << page_shift));
+	return !atomic_flag_test_and_set_explicit(&pool->busy, memory_order_acquire);
+}
+
+static void close_pool(struct pool *pool)
+{
+	atomic_flag_clear_explicit(&pool->busy, memory_order_release);
+}
+
+static struct pool *pool_alloc(void)
+{
+	struct pool *pool = calloc(1, sizeof(*pool));
+	if (pool)
+		pool->references = 1;
+	return pool;
+}
+
+static void pool_put(struct pool *pool)
+{
+	if (atomic_fetch_sub(&pool->references, 1) != 1)
+		return;
+	while (pool->spare) {
+		struct frame *frame = pool->spare;
+		pool->spare = frame->next;
+		free(frame);
+	}
+	free(pool);
+}
+
+static struct frame *frame_alloc(struct pool *pool, uint32_t page_shift)
+{
+	struct frame *frame = NULL;
+	if (open_pool(pool)) {
+		frame = pool->spare;
+		if (frame) {
+			pool->spare = frame->next;
+			pool->count--;
+		}
+		close_pool(pool);
+	}
+	if (!frame)
+		frame = malloc(sizeof(*frame) + (1ull << page_shift));
 	if (frame)
 		frame->references = 1;
 	return frame;
 }
 
-static void frame_put(struct frame *frame)
+static void frame_put(struct pool *pool, struct frame *frame, uint32_t page_shift)
 {
-	if (atomic_fetch_sub(&frame->references, 1) == 1)
-		free(frame);
+	if (atomic_fetch_sub(&frame->references, 1) != 1)
+		return;
+	if (open_pool(pool)) {
+		if (pool->count < SPARE_BYTES >> page_shift) {
+			frame->next = pool->spare;
+			pool->spare = frame;
+			pool->count++;
+			frame = NULL;
+		}
+		close_pool(pool);
+	}
+	free(frame);
 }
 
 bool pmc_is_zero(const unsigned char *bytes, uint32_t page_shift)
@@ -68,24 +130,24 @@ static void *hold(void *slot, uint32_t level)
 	return slot;
 }
 
-static void let_go(void *slot, uint32_t level)
+static void let_go(const struct pmc_image *image, void *slot, uint32_t level)
 {
 	if (is_whole(slot))
 		return;
 	if (!level) {
-		frame_put(slot);
+		frame_put(image->pool, slot, image->page_shift);
 		return;
 	}
 	struct node *node = slot;
 	if (atomic_fetch_sub(&node->references, 1) != 1)
 		return;
 	for (uint32_t i = 0; i < SLOTS; i++)
-		let_go(node->slots[i], level - 1);
+		let_go(image, node->slots[i], level - 1);
 	free(node);
 }
 
 // Makes the node in *slot* this image's alone, if its parents are. NULL: out of memory, nothing changed.
-static struct node *own(void **slot, uint32_t level)
+static struct node *own(const struct pmc_image *image, void **slot, uint32_t level)
 {
 	struct node *old = is_whole(*slot) ? NULL : *slot;
 	if (old && atomic_load(&old->references) == 1)
@@ -96,7 +158,7 @@ static struct node *own(void **slot, uint32_t level)
 	node->references = 1;
 	for (uint32_t i = 0; i < SLOTS; i++)
 		node->slots[i] = old ? hold(old->slots[i], level - 1) : *slot;
-	let_go(old, level);
+	let_go(image, old, level);
 	*slot = node;
 	return node;
 }
@@ -106,12 +168,12 @@ static int put(struct pmc_image *image, uint64_t page, void *what)
 {
 	void **slot = &image->root;
 	for (uint32_t level = image->levels; level; level--) {
-		struct node *node = own(slot, level);
+		struct node *node = own(image, slot, level);
 		if (!node)
 			return -ENOMEM;
 		slot = &node->slots[page >> ((level - 1) * SLOT_BITS) & (SLOTS - 1)];
 	}
-	let_go(*slot, 0);
+	let_go(image, *slot, 0);
 	*slot = what;
 	image->copied += !is_whole(what);
 	return 0;
@@ -130,12 +192,19 @@ int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint6
 	struct pmc_image *image = calloc(1, sizeof(*image));
 	if (!image)
 		return -ENOMEM;
+	image->pool = base ? base->pool : pool_alloc();
+	if (!image->pool) {
+		free(image);
+		return -ENOMEM;
+	}
 	image->pages = pages;
 	image->page_shift = pmc_page_shift();
 	while (image->levels * SLOT_BITS < 64 && (pages - 1) >> (image->levels * SLOT_BITS))
 		image->levels++;
-	if (base)
+	if (base) {
+		atomic_fetch_add(&base->pool->references, 1);
 		image->root = hold(base->root, image->levels);
+	}
 	*ret = image;
 	return 0;
 }
@@ -144,7 +213,8 @@ void pmc_image_destroy(struct pmc_image *image)
 {
 	if (!image)
 		return;
-	let_go(image->root, image->levels);
+	let_go(image, image->root, image->levels);
+	pool_put(image->pool);
 	free(image);
 }
 
@@ -169,22 +239,22 @@ static int put_whole(struct pmc_image *image, uint64_t page, void *what)
 }
 
 // Puts *what* at all pages [from, to) below *slot*, whose first page is *first*: whole slots at once.
-static int fill(void **slot, uint32_t level, uint64_t first, uint64_t from, uint64_t to, void *what)
+static int fill(const struct pmc_image *image, void **slot, uint32_t level, uint64_t first, uint64_t from, uint64_t to, void *what)
 {
 	uint64_t size = 1ull << (level * SLOT_BITS);
 	if (*slot == what)
 		return 0;
 	if (from <= first && first + size <= to) {
-		let_go(*slot, level);
+		let_go(image, *slot, level);
 		*slot = what;
 		return 0;
 	}
-	struct node *node = own(slot, level);
+	struct node *node = own(image, slot, level);
 	if (!node)
 		return -ENOMEM;
 	size >>= SLOT_BITS;
 	for (uint64_t i = (max_u64(from, first) - first) / size; i < SLOTS && first + i * size < to; i++) {
-		int rc = fill(&node->slots[i], level - 1, first + i * size, from, to, what);
+		int rc = fill(image, &node->slots[i], level - 1, first + i * size, from, to, what);
 		if (rc)
 			return rc;
 	}
@@ -194,7 +264,7 @@ static int fill(void **slot, uint32_t level, uint64_t first, uint64_t from, uint
 int pmc_image_clear(struct pmc_image *image, uint64_t from, uint64_t to, enum pmc_content content)
 {
 	// The last slots of a tree have more room than the image has pages; nobody asks for what is there.
-	return from < to ? fill(&image->root, image->levels, 0, from, to, content == PMC_MISSING ? MISSING : NULL) : 0;
+	return from < to ? fill(image, &image->root, image->levels, 0, from, to, content == PMC_MISSING ? MISSING : NULL) : 0;
 }
 
 int pmc_image_miss(struct pmc_image *image, uint64_t first, uint64_t count)
@@ -210,13 +280,13 @@ int pmc_image_load(struct pmc_image *image, uint64_t first, uint64_t count, cons
 		if (pmc_is_zero(bytes, image->page_shift)) {
 			rc = put_whole(image, first + i, NULL);
 		} else {
-			struct frame *frame = frame_alloc(image->page_shift);
+			struct frame *frame = frame_alloc(image->pool, image->page_shift);
 			if (!frame)
 				return -ENOMEM;
 			memcpy(frame->bytes, bytes, size);
 			rc = put(image, first + i, frame);
 			if (rc)
-				frame_put(frame);
+				frame_put(image->pool, frame, image->page_shift);
 		}
 		if (rc)
 			return rc;
