@@ -705,31 +705,25 @@ def test_threads(flavour: Flavour) -> None:
     in_child(scenario)
 
 
-def test_a_family_in_two_trackers(flavour: Flavour) -> None:
-    """Snapshots that descend from one, made and dropped by two threads at once, hold their own pages alone."""
+def test_a_family_in_two_threads() -> None:
+    """Images that descend from one, made and dropped by two threads at once, hold their own pages alone."""
 
-    def work(ram: TrackedRange, memory: mmap.mmap, seed: int) -> None:
-        ring: list[tuple[Snapshot, bytes]] = []
-        for number in range(25):
-            memory[number * PAGE : (number + 20) * PAGE] = bytes([seed + number]) * (20 * PAGE)
-            ring.append((ram.snapshot(), memory[:]))
-            if len(ring) > 3:
-                oldest, content = ring.pop(0)
-                assert oldest.read() == content
-                oldest.drop()
+    def work(base: _kernel.ImageHandle, seed: int) -> None:
+        for number in range(1000):
+            content = bytes([seed + number % 100]) * (PAGES * PAGE)
+            image = _kernel.image_create(PAGES, base)
+            _kernel.image_load(image, 0, content)
+            assert _kernel.image_read(image, 0, PAGES) == content
 
     def scenario() -> None:
-        with flavour.tracker() as one, flavour.tracker() as other:
-            memory, copy = private(PAGES), private(PAGES)
-            ram, twin = one.track(memory), other.track(copy)
-            write(memory, *range(PAGES))
-            first = ram.snapshot()
-            twin.restore(first)
-            crew = Crew()
-            crew.add(work, ram, memory, 10)
-            crew.add(work, twin, copy, 100)
-            crew.join()
-            assert first.held().pages == PAGES
+        base = _kernel.image_create(PAGES)
+        content = b"\1" * (PAGES * PAGE)
+        _kernel.image_load(base, 0, content)
+        crew = Crew()
+        crew.add(work, base, 2)
+        crew.add(work, base, 102)
+        crew.join()
+        assert _kernel.image_read(base, 0, PAGES) == content
 
     in_child(scenario)
 

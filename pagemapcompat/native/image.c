@@ -13,26 +13,36 @@
 
 #define SLOT_BITS 4
 #define SLOTS (1u << SLOT_BITS)
-#define SPARE_BYTES (4u << 20) // of frames that a pool keeps
+#define SPARE_BYTES (4u << 20) // of frames that a pool keeps, and as many nodes
+
+// What a slot holds, and how many slots hold it.
+struct shared {
+	atomic_uint references;
+	struct shared *next; // in a pool
+};
 
 struct frame {
-	atomic_uint references;
-	struct frame *next; // in a pool
+	struct shared shared;
 	unsigned char bytes[]; // a page
 };
 
-// Frames that nobody holds any more, for the images to come: malloc(3) would give their memory back, and it takes longer to get it again
-// than to copy a page. Whoever finds it busy goes to malloc(3), so nobody waits, not even in a child that was forked meanwhile.
+struct node {
+	struct shared shared;
+	void *slots[SLOTS]; // nodes, or on the lowest level frames; NULL: zero, MISSING: nothing there
+};
+
+struct spares {
+	uint32_t count;
+	struct shared *first;
+};
+
+// Frames and nodes that nobody holds any more, for the images to come: malloc(3) would give their memory back, and it takes longer to get it
+// again than to copy a page. Whoever finds it busy goes to malloc(3), so nobody waits, not even in a child that was forked meanwhile.
 struct pool {
 	atomic_uint references; // one for each image
 	atomic_flag busy;
-	uint32_t count;
-	struct frame *spare;
-};
-
-struct node {
-	atomic_uint references;
-	void *slots[SLOTS]; // nodes, or on the lowest level frames; NULL: zero, MISSING: nothing there
+	struct spares frames;
+	struct spares nodes;
 };
 
 struct pmc_image {
@@ -70,50 +80,60 @@ static struct pool *pool_alloc(void)
 	return pool;
 }
 
+static void spares_free(struct spares *spares)
+{
+	while (spares->first) {
+		struct shared *spare = spares->first;
+		spares->first = spare->next;
+		free(spare);
+	}
+}
+
 static void pool_put(struct pool *pool)
 {
 	if (atomic_fetch_sub(&pool->references, 1) != 1)
 		return;
-	while (pool->spare) {
-		struct frame *frame = pool->spare;
-		pool->spare = frame->next;
-		free(frame);
-	}
+	spares_free(&pool->frames);
+	spares_free(&pool->nodes);
 	free(pool);
 }
 
-static struct frame *frame_alloc(struct pool *pool, uint32_t page_shift)
+// One of the spares or a new one, with one reference. NULL: out of memory.
+static void *take(struct pool *pool, struct spares *spares, size_t size)
 {
-	struct frame *frame = NULL;
+	struct shared *spare = NULL;
 	if (open_pool(pool)) {
-		frame = pool->spare;
-		if (frame) {
-			pool->spare = frame->next;
-			pool->count--;
+		spare = spares->first;
+		if (spare) {
+			spares->first = spare->next;
+			spares->count--;
 		}
 		close_pool(pool);
 	}
-	if (!frame)
-		frame = malloc(sizeof(*frame) + (1ull << page_shift));
-	if (frame)
-		frame->references = 1;
-	return frame;
+	if (!spare)
+		spare = malloc(size);
+	if (spare)
+		spare->references = 1;
+	return spare;
 }
 
-static void frame_put(struct pool *pool, struct frame *frame, uint32_t page_shift)
+static void give(const struct pmc_image *image, struct spares *spares, struct shared *spare)
 {
-	if (atomic_fetch_sub(&frame->references, 1) != 1)
-		return;
-	if (open_pool(pool)) {
-		if (pool->count < SPARE_BYTES >> page_shift) {
-			frame->next = pool->spare;
-			pool->spare = frame;
-			pool->count++;
-			frame = NULL;
+	if (open_pool(image->pool)) {
+		if (spares->count < SPARE_BYTES >> image->page_shift) {
+			spare->next = spares->first;
+			spares->first = spare;
+			spares->count++;
+			spare = NULL;
 		}
-		close_pool(pool);
+		close_pool(image->pool);
 	}
-	free(frame);
+	free(spare);
+}
+
+static struct frame *frame_alloc(const struct pmc_image *image)
+{
+	return take(image->pool, &image->pool->frames, sizeof(struct frame) + (1ull << image->page_shift));
 }
 
 bool pmc_is_zero(const unsigned char *bytes, uint32_t page_shift)
@@ -123,41 +143,37 @@ bool pmc_is_zero(const unsigned char *bytes, uint32_t page_shift)
 	return !first && !memcmp(bytes, bytes + sizeof(first), (1ull << page_shift) - sizeof(first));
 }
 
-static void *hold(void *slot, uint32_t level)
+static void *hold(void *slot)
 {
 	if (!is_whole(slot))
-		atomic_fetch_add(level ? &((struct node *)slot)->references : &((struct frame *)slot)->references, 1);
+		atomic_fetch_add(&((struct shared *)slot)->references, 1);
 	return slot;
 }
 
 static void let_go(const struct pmc_image *image, void *slot, uint32_t level)
 {
-	if (is_whole(slot))
+	if (is_whole(slot) || atomic_fetch_sub(&((struct shared *)slot)->references, 1) != 1)
 		return;
 	if (!level) {
-		frame_put(image->pool, slot, image->page_shift);
+		give(image, &image->pool->frames, slot);
 		return;
 	}
-	struct node *node = slot;
-	if (atomic_fetch_sub(&node->references, 1) != 1)
-		return;
 	for (uint32_t i = 0; i < SLOTS; i++)
-		let_go(image, node->slots[i], level - 1);
-	free(node);
+		let_go(image, ((struct node *)slot)->slots[i], level - 1);
+	give(image, &image->pool->nodes, slot);
 }
 
 // Makes the node in *slot* this image's alone, if its parents are. NULL: out of memory, nothing changed.
 static struct node *own(const struct pmc_image *image, void **slot, uint32_t level)
 {
 	struct node *old = is_whole(*slot) ? NULL : *slot;
-	if (old && atomic_load(&old->references) == 1)
+	if (old && atomic_load(&old->shared.references) == 1)
 		return old;
-	struct node *node = malloc(sizeof(*node));
+	struct node *node = take(image->pool, &image->pool->nodes, sizeof(*node));
 	if (!node)
 		return NULL;
-	node->references = 1;
 	for (uint32_t i = 0; i < SLOTS; i++)
-		node->slots[i] = old ? hold(old->slots[i], level - 1) : *slot;
+		node->slots[i] = old ? hold(old->slots[i]) : *slot;
 	let_go(image, old, level);
 	*slot = node;
 	return node;
@@ -203,7 +219,7 @@ int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint6
 		image->levels++;
 	if (base) {
 		atomic_fetch_add(&base->pool->references, 1);
-		image->root = hold(base->root, image->levels);
+		image->root = hold(base->root);
 	}
 	*ret = image;
 	return 0;
@@ -280,13 +296,13 @@ int pmc_image_load(struct pmc_image *image, uint64_t first, uint64_t count, cons
 		if (pmc_is_zero(bytes, image->page_shift)) {
 			rc = put_whole(image, first + i, NULL);
 		} else {
-			struct frame *frame = frame_alloc(image->pool, image->page_shift);
+			struct frame *frame = frame_alloc(image);
 			if (!frame)
 				return -ENOMEM;
 			memcpy(frame->bytes, bytes, size);
 			rc = put(image, first + i, frame);
 			if (rc)
-				frame_put(image->pool, frame, image->page_shift);
+				let_go(image, frame, 0);
 		}
 		if (rc)
 			return rc;
