@@ -69,7 +69,7 @@ class Paranoid(Flavour):
 
 def paranoid(one: Flavour) -> Paranoid:
     """A flavour, compared."""
-    others = ("pagemap-scan",) if one.backend == "uffd-wp" else ()
+    others = {other.backend for other in FLAVOURS} - {one.backend}
     return Paranoid(f"paranoid-{one.name}", one.backend, (*one.disabled, *others))
 
 
