@@ -55,6 +55,41 @@ def test_limited_collects_of_shared_memory_lose_nothing(flavour: Flavour) -> Non
     in_child(check)
 
 
+def test_memory_of_the_library_is_never_in_a_hole_of_tracked_memory(flavour: Flavour) -> None:
+    """Where the kernel would put a mapping into such a hole, a rearm would protect what must never fault."""
+
+    def anonymous(memory: AddressRange) -> set[int]:
+        with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+            starts = {int(line.split("-")[0], 16) for line in maps}
+        return {start for start in starts if memory.start <= start < memory.end}
+
+    def check() -> None:
+        with flavour.tracker(on_untracked="rearm") as tracker:
+            small = libc.mmap(PAGE)
+            memory = AddressRange.from_length(libc.mmap(4096 * PAGE), 4096 * PAGE)
+            hole = AddressRange(memory.start + PAGE, memory.end - PAGE)
+            # The kernel takes the highest gap that is large enough: let the hole be that.
+            kept = []
+            while not kept or kept[-1] > memory.start:
+                kept.append(libc.mmap(PAGE, flags=(PRIVATE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)[len(kept) % 2]))
+            libc.munmap(hole.start, hole.length)
+            assert hole.start <= (probing := libc.mmap(PAGE)) < hole.end, "the kernel puts mappings elsewhere"
+            libc.munmap(probing, PAGE)
+            ram = tracker.track(memory)  # whose hole would hold what is needed to track it
+            assert anonymous(hole) == set()
+            other = tracker.track((small, PAGE))
+            with ram.cursor():
+                ram.snapshot()
+                assert anonymous(hole) == set()
+                mine = libc.mmap(PAGE)
+                libc.fill(mine)
+                assert pages_of(ram.collect()) == {(mine - memory.start) // PAGE}
+            other.close()
+            ram.collect()
+
+    in_child(check)
+
+
 @pytest.mark.parametrize("policy", ["raise", "rearm"])
 def test_memory_that_another_userfaultfd_took(flavour: Flavour, area: Callable[..., AddressRange], policy: str) -> None:
     """Mapped anew and registered elsewhere: every call ends, and none calls the memory clean or tracked."""

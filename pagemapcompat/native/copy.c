@@ -355,7 +355,7 @@ static struct copier *copier_of(struct pmc_tracker *tracker)
 	uint64_t size = (uint64_t)BATCH << tracker->page_shift;
 	size_t header = align_up(sizeof(struct copier), page_size_of(tracker));
 	if (!tracker->copier) {
-		tracker->copier = pmc_pages_alloc(header + 2 * size);
+		tracker->copier = pmc_own_pages(tracker, 0, 0, header + 2 * size);
 		if (!tracker->copier)
 			return NULL;
 		tracker->copier_size = header + 2 * size;

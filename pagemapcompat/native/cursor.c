@@ -53,9 +53,9 @@ int pmc_cursor_create(struct pmc_cursor **ret, struct pmc_range *range)
 	int rc = pmc_enter(range->tracker);
 	if (rc)
 		return rc;
-	struct pmc_cursor *cursor = range->open ? pmc_pages_alloc(sizeof(*cursor)) : NULL;
+	struct pmc_cursor *cursor = range->open ? pmc_own_pages(range->tracker, 0, 0, sizeof(*cursor)) : NULL;
 	if (cursor)
-		cursor->owed = pmc_pages_alloc(range->bits_size);
+		cursor->owed = pmc_own_pages(range->tracker, 0, 0, range->bits_size);
 	if (!cursor || !cursor->owed) {
 		pmc_pages_free(cursor, sizeof(*cursor));
 		range->tracker->operation = "mmap";

@@ -128,6 +128,9 @@ int pmc_vmas_at(struct vmas *vmas, uint64_t address, struct vma *ret);
 // Likewise of this process, where *address* is a page's. What it calls unmapped is: Linux reads mappings without their lock since
 // 6.17, and beside mprotect(2) leaves some out now and then (seen in the text, on 6.18.44); mincore(2) takes the lock.
 int pmc_own_vma_at(struct vmas *vmas, uint64_t address, struct vma *ret);
+// Between two looks, of which PMC_LOOKS are taken, at mappings that another thread changes. Two threads that hand the kernel's lock of
+// the mappings to each other can keep in step, so that each look finds what the one before it did; after a few of those it sleeps.
+void pmc_look_again(struct vmas *vmas, unsigned looks);
 
 // -- The tracker's state ------------------------------------------------------------------------------------
 
@@ -281,6 +284,9 @@ void pmc_tracker_put(struct pmc_tracker *tracker);
 
 // -- range.c; all under the tracker's mutex ---------------------------------------------------------------------
 
+// pmc_pages_alloc() outside of all that is tracked, and of [start, end), which is about to be. The kernel may put a mapping into a hole of
+// tracked memory, where a rearm would protect it: then nobody could answer a fault of who holds fault_lock.
+void *pmc_own_pages(struct pmc_tracker *tracker, uint64_t start, uint64_t end, size_t size);
 int pmc_engine_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
 // Protects [start, end), whatever its pieces. *walk_end: done up to there.
 int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end);

@@ -65,7 +65,7 @@ static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, con
 		if ((rc != -EINVAL && rc != -ENOENT) || looks == PMC_LOOKS)
 			return rc ? rc : 1;
 		// Part of it was unmapped, or mapped anew, in between; of what is a hole now, nothing is left to do.
-		pmc_vmas_refresh(&tracker->vmas);
+		pmc_look_again(&tracker->vmas, looks);
 		rc = pmc_find_vma(tracker, from, &vma);
 		if (rc <= 0 || vma.start >= to)
 			return rc < 0 ? rc : 1;
@@ -85,8 +85,10 @@ static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uin
 	if (rc)
 		return flags & PMC_REARM ? 0 : -ENOENT;
 	// It went, or was registered, in between: the engine looks again.
-	if (++*looks < PMC_LOOKS)
+	if (++*looks < PMC_LOOKS) {
+		pmc_look_again(&range->tracker->vmas, *looks);
 		return 0;
+	}
 	// Registered, but not by us: with another userfaultfd, which protects nothing here.
 	result->untracked_start = pos;
 	result->untracked_end = end;
@@ -229,7 +231,8 @@ static int next_written(struct pmc_cursor *cursor, uint64_t start, uint64_t end,
 	for (uint64_t pos = start; pos < end;) {
 		const struct piece *piece = pmc_piece_at(range, pos);
 		int rc = run_engine(range, piece, pos, min_u64(end, piece->end), 0, 1, false, &pos);
-		*ret = range->tracker->regions[0].start;
+		if (rc > 0)
+			*ret = range->tracker->regions[0].start;
 		drain(cursor, rc, false, NULL);
 		if (rc)
 			return rc < 0 ? rc : 0;

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "internal.h"
 
@@ -32,6 +33,61 @@ static bool is_own_memory(const struct pmc_tracker *tracker, uint64_t start, uin
 	}
 	return false;
 }
+
+// ---- Memory of our own ----------------------------------------------------------------------------------------
+
+// The first range that has a page of [start, end), or NULL.
+static const struct pmc_range *range_over(const struct pmc_tracker *tracker, uint64_t start, uint64_t end)
+{
+	const struct pmc_range *range = tracker->ranges;
+	while (range && (range->start >= end || start >= range->end))
+		range = range->next;
+	return range;
+}
+
+// Where a mapping of *size* bytes fits from *from* on, outside of every range and of [start, end). 0: nowhere.
+static uint64_t find_room(struct pmc_tracker *tracker, uint64_t from, uint64_t start, uint64_t end, uint64_t size)
+{
+	for (;;) {
+		const struct pmc_range *range = range_over(tracker, from, from + size);
+		struct vma vma;
+		if (range) {
+			from = range->end;
+		} else if (from < end && start < from + size) {
+			from = end;
+		} else {
+			int rc = pmc_find_vma(tracker, from, &vma);
+			if (rc <= 0)
+				return 0; // behind the last mapping, the stack, lies nothing that can be had
+			if (vma.start >= from + size)
+				return from;
+			from = vma.end;
+		}
+	}
+}
+
+void *pmc_own_pages(struct pmc_tracker *tracker, uint64_t start, uint64_t end, size_t size)
+{
+	void *pages = pmc_pages_alloc(size);
+	uint64_t at = (uint64_t)(uintptr_t)pages;
+	const struct pmc_range *range = range_over(tracker, at, at + size);
+	if (!pages || (!range && (at >= end || start >= at + size)))
+		return pages;
+	pmc_pages_free(pages, size);
+	pmc_vmas_refresh(&tracker->vmas);
+	for (at = range ? range->end : end; (at = find_room(tracker, at, start, end, size)); at += page_size_of(tracker)) {
+		pages = mmap((void *)(uintptr_t)at, size, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | PMC_MAP_NORESERVE | PMC_MAP_FIXED_NOREPLACE, -1, 0);
+		tracker->operation = "mmap";
+		if (pages != MAP_FAILED)
+			return pages;
+		if (errno != EEXIST)
+			break;
+	}
+	return NULL;
+}
+
+// ---- Which engine -----------------------------------------------------------------------------------------------
 
 int pmc_engine_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg)
 {
@@ -65,7 +121,7 @@ static void pieces_free(struct pieces *pieces)
 	pmc_pages_free(pieces->items, pieces->capacity * sizeof(*pieces->items));
 }
 
-static int piece_append(struct pieces *pieces, uint64_t end, uint32_t kind, uint32_t page_shift)
+static int piece_append(const struct pmc_range *range, struct pieces *pieces, uint64_t end, uint32_t kind, uint32_t page_shift)
 {
 	struct piece *last = pieces->count ? &pieces->items[pieces->count - 1] : NULL;
 	if (last && last->kind == kind && last->page_shift == page_shift) {
@@ -74,7 +130,7 @@ static int piece_append(struct pieces *pieces, uint64_t end, uint32_t kind, uint
 	}
 	if (pieces->count == pieces->capacity) {
 		struct pieces larger = { .count = pieces->count, .capacity = pieces->capacity ? pieces->capacity * 2 : 64 };
-		larger.items = pmc_pages_alloc(larger.capacity * sizeof(*larger.items));
+		larger.items = pmc_own_pages(range->tracker, range->start, range->end, larger.capacity * sizeof(*larger.items));
 		if (!larger.items)
 			return -ENOMEM;
 		if (pieces->count)
@@ -87,11 +143,11 @@ static int piece_append(struct pieces *pieces, uint64_t end, uint32_t kind, uint
 }
 
 // A hole goes with the piece before it, but not with huge pages, to which it would lend its odd ends.
-static int append_hole(struct pieces *pieces, uint64_t end, uint32_t page_shift)
+static int append_hole(const struct pmc_range *range, struct pieces *pieces, uint64_t end, uint32_t page_shift)
 {
 	struct piece *last = pieces->count ? &pieces->items[pieces->count - 1] : NULL;
 	if (!last || last->kind == PMC_KIND_HUGETLB)
-		return piece_append(pieces, end, PMC_KIND_ANON, page_shift);
+		return piece_append(range, pieces, end, PMC_KIND_ANON, page_shift);
 	last->end = end;
 	return 0;
 }
@@ -111,12 +167,12 @@ static int list_pieces(const struct pmc_range *range, struct vmas *vmas, struct 
 		if (found < 0)
 			return found;
 		if (!found || vma.start >= range->end)
-			return append_hole(pieces, range->end, page_shift);
+			return append_hole(range, pieces, range->end, page_shift);
 		if (vma.start > pos)
-			rc = append_hole(pieces, vma.start, page_shift);
+			rc = append_hole(range, pieces, vma.start, page_shift);
 		pos = min_u64(vma.end, range->end);
 		if (!rc)
-			rc = piece_append(pieces, pos, vma.kind, vma.page_shift);
+			rc = piece_append(range, pieces, pos, vma.kind, vma.page_shift);
 	}
 	return rc;
 }
@@ -234,7 +290,7 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	uint64_t words = align_up(((range->end - range->start) >> tracker->page_shift), 64) / 64, walk_end;
 
 	range->bits_size = words * sizeof(uint64_t);
-	range->quiet = pmc_pages_alloc(2 * range->bits_size);
+	range->quiet = pmc_own_pages(tracker, range->start, range->end, 2 * range->bits_size);
 	if (!range->quiet)
 		return -ENOMEM;
 	if (!(tracker->abilities & PMC_CAN_SEE_MARKS)) {
@@ -243,8 +299,6 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 		memset(range->log, 0, range->bits_size);
 	}
 	if (is_own_memory(tracker, range->start, range->end) ||
-	    overlaps(range->start, range->end, range, sizeof(*range)) ||
-	    overlaps(range->start, range->end, range->quiet, 2 * range->bits_size) ||
 	    overlaps(range->start, range->end, (char *)__builtin_frame_address(0) - STACK_REACH, STACK_REACH))
 		return -PMC_EOWNMEMORY;
 
@@ -278,7 +332,7 @@ int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64
 	int rc = pmc_enter(tracker);
 	if (rc)
 		return rc;
-	struct pmc_range *range = pmc_pages_alloc(sizeof(*range));
+	struct pmc_range *range = pmc_own_pages(tracker, start, end, sizeof(*range));
 	tracker->operation = "mmap";
 	if (!range)
 		return pmc_leave(tracker, -ENOMEM, result);

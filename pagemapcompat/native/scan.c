@@ -15,9 +15,6 @@
 
 #include "internal.h"
 
-// How often one scan may fail at a mapping that is registered when looked at.
-#define RETRIES 64
-
 int pmc_pagemap_scan(int pagemap, struct pm_scan_arg *arg)
 {
 	arg->size = sizeof(*arg);
@@ -190,7 +187,7 @@ int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct p
 	// Two queries cannot share a limit; a range that is no longer than it needs none.
 	if (twice && arg->max_pages)
 		end = min_u64(end, start + (arg->max_pages << tracker->page_shift));
-	for (unsigned retries = 0; retries < RETRIES; retries++) {
+	for (unsigned looks = 0; looks < PMC_LOOKS; looks++) {
 		struct pm_scan_arg take = written_arg(start, end, arg->flags & PM_SCAN_WP_MATCHING,
 						      (struct page_region *)(uintptr_t)arg->vec, arg->vec_len);
 		int error;
@@ -209,6 +206,7 @@ int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct p
 			end = arg->end;
 		else if (end == start)
 			return arg->flags & PM_SCAN_WP_MATCHING ? -ENOENT : put_untracked(arg, start, to, tracker);
+		pmc_look_again(&tracker->vmas, looks);
 	}
 	return -EAGAIN;
 }
@@ -218,7 +216,7 @@ static int protect_only(struct pmc_range *range, uint64_t start, uint64_t end, u
 {
 	uint64_t limit = end, to;
 	*walk_end = start;
-	for (unsigned retries = 0; retries < RETRIES; retries++) {
+	for (unsigned looks = 0; looks < PMC_LOOKS; looks++) {
 		struct pm_scan_arg arg = {
 			.flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
 			.start = start,
@@ -239,6 +237,7 @@ static int protect_only(struct pmc_range *range, uint64_t start, uint64_t end, u
 			limit = end;
 		else if (limit == start)
 			return -ENOENT;
+		pmc_look_again(&range->tracker->vmas, looks);
 	}
 	return -EAGAIN;
 }

@@ -171,6 +171,7 @@ struct uffdio_copy {
 // ---- mmap and madvise: include/uapi/asm-generic/mman-common.h, the same on x86, arm64 and riscv ----
 
 #define PMC_MAP_NORESERVE 0x4000
+#define PMC_MAP_FIXED_NOREPLACE 0x100000 // since 4.17; before it is a hint
 #define PMC_MAP_HUGETLB 0x40000
 #define PMC_MADV_WIPEONFORK 18 // since 4.14
 #define PMC_MADV_POPULATE_READ 22 // since 5.14

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -41,6 +42,15 @@ void pmc_vmas_refresh(struct vmas *vmas)
 	vmas->ahead_valid = false;
 	vmas->ended = false;
 	vmas->floor = UINT64_MAX; // makes the next look-up begin at the top of the file
+}
+
+void pmc_look_again(struct vmas *vmas, unsigned looks)
+{
+	if (looks > PMC_LOOKS / 8) {
+		struct timespec pause = { .tv_nsec = 1000l * looks };
+		(void)nanosleep(&pause, NULL); // cut short by a signal, it was a pause all the same
+	}
+	pmc_vmas_refresh(vmas);
 }
 
 static uint32_t kind_of(bool shared, uint64_t inode, uint32_t vma_shift, uint32_t page_shift)
@@ -226,7 +236,7 @@ static int is_mapped(const struct vmas *vmas, uint64_t address)
 
 int pmc_own_vma_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 {
-	for (int looks = 0; looks < PMC_LOOKS; looks++) {
+	for (unsigned looks = 0; looks < PMC_LOOKS; looks++) {
 		vmas->operation = "/proc/self/maps";
 		int rc = pmc_vmas_at(vmas, address, ret);
 		if (rc < 0 || (rc && ret->start <= address))
@@ -242,7 +252,7 @@ int pmc_own_vma_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 		vmas->operation = "mincore";
 		if (mapped < 0 && mapped != -EAGAIN)
 			return mapped;
-		pmc_vmas_refresh(vmas);
+		pmc_look_again(vmas, looks);
 	}
 	return -EAGAIN;
 }
