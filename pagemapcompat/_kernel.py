@@ -7,7 +7,7 @@ what it asked for. cffi releases the GIL around every call.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pagemapcompat._native import ffi, lib
 
@@ -115,10 +115,13 @@ MAP_NORESERVE: int = lib.PMC_MAP_NORESERVE
 MAP_HUGETLB: int = lib.PMC_MAP_HUGETLB
 
 _pmc_scan = lib.pmc_scan
+_gc = ffi.gc
 _new_result = ffi.new_allocator(should_clear_after_alloc=True)
+_release_result = lib.pmc_result_release
 _RESULT = ffi.typeof("struct pmc_result *")
 _REGION_SIZE = ffi.sizeof("struct page_region")
 _REGION = Struct("=QQQ")
+_SPAN = Struct("=QQ")
 _PAGE_SIZE = 1 << lib.pmc_page_shift()
 
 
@@ -152,48 +155,66 @@ class Pin:
 # -- Results ---------------------------------------------------------------------------------------------------
 
 
-class Result:
+class Result(Protocol):
     """A `struct pmc_result`: what C fills, and the owner of its regions."""
 
-    __slots__ = ("c",)
+    regions: Any
+    count: int
+    pages: int
+    walk_end: int
+    untracked_start: int
+    untracked_end: int
+    operation: Any
+    delivered: int
 
-    def __init__(self) -> None:
-        self.c: Any = ffi.gc(_new_result(_RESULT), lib.pmc_result_release)
 
-    @classmethod
-    def restore(cls, words: bytes, walk_end: int) -> Result:
-        """The result that had these words: what unpickling needs."""
-        result = cls()
-        regions = ffi.from_buffer("struct page_region[]", words)
-        if lib.pmc_result_fill(result.c, regions, len(regions)):
-            raise MemoryError
-        result.c.walk_end = walk_end
-        return result
+def new_result() -> Result:
+    """An empty one."""
+    result: Result = _gc(_new_result(_RESULT), _release_result)
+    return result
 
-    @classmethod
-    def of(cls, start: int, end: int) -> Result:
-        """One region."""
-        return cls.restore(_REGION.pack(start, end, lib.PAGE_IS_WRITTEN), end)
 
-    def triples(self) -> Iterator[tuple[int, int, int]]:
-        """start, end and categories of every region."""
-        return _REGION.iter_unpack(self.words())
+def restore_result(words: bytes, walk_end: int) -> Result:
+    """The result that had these words: what unpickling needs."""
+    result = new_result()
+    regions = ffi.from_buffer("struct page_region[]", words)
+    if lib.pmc_result_fill(result, regions, len(regions)):
+        raise MemoryError
+    result.walk_end = walk_end
+    return result
 
-    def words(self) -> memoryview:
-        """start, end and categories of every region in turn, as read-only 64-bit words. Copies nothing."""
-        c = self.c
-        if not c.count:
-            return memoryview(b"").cast("Q")
-        # A buffer keeps the pointer alive that it was made from, and this one keeps what owns the memory: by a method
-        # in C, for an interrupt that strikes in a destructor in Python is printed and lost.
-        regions = ffi.gc(c.regions, (c,).count)
-        return memoryview(ffi.buffer(regions, c.count * _REGION_SIZE)).cast("Q").toreadonly()
+
+def result_of(start: int, end: int) -> Result:
+    """One region."""
+    return restore_result(_REGION.pack(start, end, lib.PAGE_IS_WRITTEN), end)
+
+
+def triples(result: Result) -> Iterator[tuple[int, int, int]]:
+    """start, end and categories of every region."""
+    return _REGION.iter_unpack(words(result))
+
+
+def words(result: Result) -> memoryview:
+    """start, end and categories of every region in turn, as read-only 64-bit words. Copies nothing."""
+    if not result.count:
+        return memoryview(b"").cast("Q")
+    # A buffer keeps the pointer alive that it was made from, and this one keeps what owns the memory: by a method
+    # in C, for an interrupt that strikes in a destructor in Python is printed and lost.
+    regions = _gc(result.regions, (result,).count)
+    return memoryview(ffi.buffer(regions, result.count * _REGION_SIZE)).cast("Q").toreadonly()
+
+
+def spans(result: Result, base: int, length: int) -> Iterator[tuple[int, int]]:
+    """Start and end of every region, as offsets from *base* that are *length* at most."""
+    made = bytearray(result.count * _SPAN.size)
+    lib.pmc_fill_spans(result.regions, result.count, base, length, ffi.from_buffer("uint64_t[]", made))
+    return _SPAN.iter_unpack(made)
 
 
 def unite(a: Result, b: Result) -> Result:
     """The pages that are in one of two results."""
-    result = Result()
-    if lib.pmc_result_unite(result.c, a.c, b.c):
+    result = new_result()
+    if lib.pmc_result_unite(result, a, b):
         raise MemoryError
     return result
 
@@ -201,7 +222,7 @@ def unite(a: Result, b: Result) -> Result:
 def fill_bitmap(result: Result, base: int, page_shift: int, out: Buffer) -> None:
     """Set the bit of each page, counted from *base*. *out* must be writable and long enough."""
     with memoryview(out).cast("B") as view:
-        lib.pmc_fill_bitmap(result.c.regions, result.c.count, base, page_shift, ffi.from_buffer(view))
+        lib.pmc_fill_bitmap(result.regions, result.count, base, page_shift, ffi.from_buffer(view))
 
 
 def fill_addresses(regions: Buffer, shift: int, step: int, out: Buffer) -> None:
@@ -307,12 +328,12 @@ def query(
     drop_empty: bool,
 ) -> tuple[int, Result]:
     """GET on any process. *masks*: inverted, all of, any of, report. *maps* below 0: by the ioctl."""
-    result = Result()
+    result = new_result()
     arg: Any = ffi.new("struct pm_scan_arg *")
     arg.start, arg.end, arg.max_pages = start, end, max_pages
     arg.category_inverted, arg.category_mask, arg.category_anyof_mask, arg.return_mask = masks
     known = ffi.new("struct page_region[]", [(a, b, 0) for a, b in registered])
-    rc = int(lib.pmc_query(pagemap, maps, arg, known, len(registered), drop_empty, result.c))
+    rc = int(lib.pmc_query(pagemap, maps, arg, known, len(registered), drop_empty, result))
     return rc, result
 
 
@@ -321,10 +342,10 @@ def query(
 
 def tracker_create(uffd: int, pagemap: int, abilities: int) -> tuple[int, TrackerHandle | None, Result]:
     """Start a tracker, which owns both descriptors from now on, on failure too."""
-    result = Result()
+    result = new_result()
     config = ffi.new("struct pmc_config *", {"uffd": uffd, "pagemap": pagemap, "abilities": abilities})
     handle = TrackerHandle("struct pmc_tracker **")  # before the call, so that an interrupt after it leaks nothing
-    rc = int(lib.pmc_tracker_create(handle.out, config, result.c))
+    rc = int(lib.pmc_tracker_create(handle.out, config, result))
     handle.c = handle.out[0]
     return rc, None if rc else handle, result
 
@@ -354,9 +375,9 @@ def tracker_statistics(tracker: TrackerHandle) -> tuple[int, dict[str, int]]:
 
 def range_create(tracker: TrackerHandle, start: int, end: int) -> tuple[int, RangeHandle | None, Result]:
     """Register and protect."""
-    result = Result()
+    result = new_result()
     handle = RangeHandle("struct pmc_range **")
-    rc = int(lib.pmc_range_create(handle.out, tracker.c, start, end, result.c))
+    rc = int(lib.pmc_range_create(handle.out, tracker.c, start, end, result))
     handle.c = handle.out[0]
     return rc, None if rc else handle, result
 
@@ -396,33 +417,33 @@ def cursor_close(handle: CursorHandle) -> int:
 
 def scan(handle: CursorHandle, start: int, end: int, max_pages: int, flags: int, result: Result) -> int:
     """Peek, or with ENGAGE collect, into *result*."""
-    rc: int = _pmc_scan(handle.c, start, end, max_pages, flags, result.c)
+    rc: int = _pmc_scan(handle.c, start, end, max_pages, flags, result)
     return rc
 
 
 def reset(handle: CursorHandle, start: int, end: int, flags: int, result: Result) -> int:
     """Protect, whatever was written."""
-    return int(lib.pmc_reset(handle.c, start, end, flags, result.c))
+    return int(lib.pmc_reset(handle.c, start, end, flags, result))
 
 
 def unprotect(handle: RangeHandle, start: int, end: int, result: Result) -> int:
     """Un-protect; counts as written once."""
-    return int(lib.pmc_unprotect(handle.c, start, end, result.c))
+    return int(lib.pmc_unprotect(handle.c, start, end, result))
 
 
 def rearm(handle: RangeHandle, start: int, end: int, result: Result) -> int:
     """Register and protect what has lost its registration."""
-    return int(lib.pmc_rearm(handle.c, start, end, result.c))
+    return int(lib.pmc_rearm(handle.c, start, end, result))
 
 
 def owe(result: Result) -> int:
     """Give the pages of a result that reached nobody back."""
-    return int(lib.pmc_owe(result.c))
+    return int(lib.pmc_owe(result))
 
 
 def operation(result: Result) -> str:
     """The system call that failed."""
-    name = result.c.operation
+    name = result.operation
     return ffi.string(name).decode() if name else ""  # type: ignore[union-attr]
 
 
@@ -469,30 +490,30 @@ def image_read(image: ImageHandle, first: int, count: int) -> bytearray:
 
 def image_list(image: ImageHandle, base: int, categories: int) -> Result:
     """The pages that are held, missing or both (LIST_*), as addresses from *base* on."""
-    result = Result()
-    if lib.pmc_image_list(image.c, base, categories, result.c):
+    result = new_result()
+    if lib.pmc_image_list(image.c, base, categories, result):
         raise MemoryError
     return result
 
 
 def image_diff(a: ImageHandle, b: ImageHandle, base: int) -> Result:
     """The pages whose content differs."""
-    result = Result()
-    if lib.pmc_image_diff(a.c, b.c, base, result.c):
+    result = new_result()
+    if lib.pmc_image_diff(a.c, b.c, base, result):
         raise MemoryError
     return result
 
 
 def capture(handle: RangeHandle, image: ImageHandle, pages: Result, result: Result) -> int:
     """Copy pages from memory. Only before anybody else has the image."""
-    return int(lib.pmc_capture(handle.c, image.c, pages.c.regions, pages.c.count, result.c))
+    return int(lib.pmc_capture(handle.c, image.c, pages.regions, pages.count, result))
 
 
 def restore(handle: RangeHandle, image: ImageHandle, pages: Result, result: Result) -> int:
     """Write pages back."""
-    return int(lib.pmc_restore(handle.c, image.c, pages.c.regions, pages.c.count, result.c))
+    return int(lib.pmc_restore(handle.c, image.c, pages.regions, pages.count, result))
 
 
 def compare(handle: RangeHandle, image: ImageHandle, pages: Result, result: Result) -> int:
     """Which of *pages* are not as the image has them, into *result*."""
-    return int(lib.pmc_compare(handle.c, image.c, pages.c.regions, pages.c.count, result.c))
+    return int(lib.pmc_compare(handle.c, image.c, pages.regions, pages.count, result))

@@ -67,6 +67,7 @@ class Attached:
     cursor: _kernel.CursorHandle
     range: AddressRange
     """Page aligned."""
+    start: int = attrs.field(init=False, default=attrs.Factory(lambda self: self.range.start, takes_self=True))
     length: int
     """In bytes, as the owner of the memory sees it."""
     granularity: int
@@ -87,6 +88,10 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
         Feature.PAGEMAP_GUARD: _kernel.CAN_SEE_GUARDS,
     }
 )
+
+
+_COLLECT: Final = _kernel.ENGAGE
+_COLLECT_AND_REARM: Final = _kernel.ENGAGE | _kernel.REARM
 
 
 class Backend:
@@ -273,11 +278,11 @@ class Backend:
 
     def get(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
         """GET: what was written. Changes nothing."""
-        result = _kernel.Result()
+        result = _kernel.new_result()
         rc = _kernel.scan(on.cursor, asked.start, asked.end, max_pages, 0, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked)
-        return ScanResult(result, asked, on.range.start, on.length)
+        return ScanResult(result, asked, on.start, on.length)
 
     def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
         """ENGAGE_WP + GET: what was written, protected again in the same step.
@@ -285,50 +290,50 @@ class Backend:
         What was taken is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
         changes which, not that.
         """
-        result = _kernel.Result()
+        result = _kernel.new_result()
         try:
-            flags = _kernel.ENGAGE | (_kernel.REARM if rearm else 0)
+            flags = _COLLECT_AND_REARM if rearm else _COLLECT
             rc = _kernel.scan(on.cursor, asked.start, asked.end, max_pages, flags, result)
-            answer = ScanResult(result, asked, on.range.start, on.length)
+            answer = ScanResult(result, asked, on.start, on.length)
             if rc:
                 self._fail(-rc, _kernel.operation(result), asked, result)
         except PagemapCompatError as error:
             error.collected = answer
-            result.c.delivered = 1
+            result.delivered = 1
             raise
         except BaseException:
             _kernel.owe(result)
             raise
         # No call lies between this and the caller, so no interrupt does. One that comes earlier, or a second one in the
         # handler above, leaves the pages undelivered, and freeing the result gives them back.
-        result.c.delivered = 1
+        result.delivered = 1
         return answer
 
     def take(self, on: Attached, pages: _kernel.Result, *, rearm: bool) -> None:
         """ENGAGE_WP + GET of all of it, into *pages*, which the caller delivers or gives back, on errors too."""
-        flags = _kernel.ENGAGE | (_kernel.REARM if rearm else 0)
+        flags = _COLLECT_AND_REARM if rearm else _COLLECT
         rc = _kernel.scan(on.cursor, on.range.start, on.range.end, 0, flags, pages)
-        if rc or pages.c.walk_end < on.range.end:
+        if rc or pages.walk_end < on.range.end:
             self._fail(-rc or ENOMEM, _kernel.operation(pages), on.range, pages)
 
     def written(self, on: Attached) -> _kernel.Result:
         """GET of all of it."""
-        result = _kernel.Result()
+        result = _kernel.new_result()
         rc = _kernel.scan(on.cursor, on.range.start, on.range.end, 0, 0, result)
-        if rc or result.c.walk_end < on.range.end:
+        if rc or result.walk_end < on.range.end:
             self._fail(-rc or ENOMEM, _kernel.operation(result), on.range)
         return result
 
     def capture(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> None:
         """Copy *pages* from memory into *image*."""
-        result = _kernel.Result()
+        result = _kernel.new_result()
         rc = _kernel.capture(on.handle, image, pages, result)
         if rc:
             self._fail_to_copy(-rc, on, result, "read", "it may belong to a file that is too short, or swap has failed")
 
     def write_back(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> None:
         """Write *pages* of *image* into memory, whatever its protection."""
-        result = _kernel.Result()
+        result = _kernel.new_result()
         rc = _kernel.restore(on.handle, image, pages, result)
         if rc:
             hint = "it was unmapped or made a guard page: undo that, then restore"
@@ -336,15 +341,15 @@ class Backend:
 
     def differing(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> _kernel.Result:
         """Which of *pages* are not what *image* holds."""
-        result = _kernel.Result()
+        result = _kernel.new_result()
         rc = _kernel.compare(on.handle, image, pages, result)
         if rc:
             self._fail_to_copy(-rc, on, result, "read", "it may belong to a file that is too short, or swap has failed")
         return result
 
     def _fail_to_copy(self, number: int, on: Attached, result: _kernel.Result, done: str, hint: str) -> NoReturn:
-        if result.c.untracked_end and number != ENOENT:
-            where = AddressRange(result.c.untracked_start, result.c.untracked_end)
+        if result.untracked_end and number != ENOENT:
+            where = AddressRange(result.untracked_start, result.untracked_end)
             raise KernelError.make(
                 number, _kernel.operation(result), f"{where} cannot be {done} now", range=where, hint=hint
             )
@@ -352,21 +357,21 @@ class Backend:
 
     def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""
-        result = _kernel.Result()
+        result = _kernel.new_result()
         rc = _kernel.reset(on.cursor, asked.start, asked.end, _kernel.REARM if rearm else 0, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
 
     def disengage_wp(self, on: Attached, asked: AddressRange) -> None:
         """Un-protect; all of it counts as written once."""
-        result = _kernel.Result()
+        result = _kernel.new_result()
         rc = _kernel.unprotect(on.handle, asked.start, asked.end, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
 
     def rearm(self, on: Attached, asked: AddressRange) -> None:
         """Register and protect what has lost its registration; counts as written once."""
-        result = _kernel.Result()
+        result = _kernel.new_result()
         rc = _kernel.rearm(on.handle, asked.start, asked.end, result)
         if not rc:
             return
@@ -394,12 +399,12 @@ class Backend:
                 range=asked,
                 hint="a write fault there could not be answered; track only memory that you allocated",
             )
-        if operation == "UFFDIO_REGISTER" and result is not None and result.c.untracked_end:
-            self._refuse(number, AddressRange(result.c.untracked_start, result.c.untracked_end), operation)
+        if operation == "UFFDIO_REGISTER" and result is not None and result.untracked_end:
+            self._refuse(number, AddressRange(result.untracked_start, result.untracked_end), operation)
         if number == ENOENT and not operation.startswith("/proc/"):
             where = asked
-            if result is not None and result.c.untracked_end:
-                where = AddressRange(result.c.untracked_start, result.c.untracked_end)
+            if result is not None and result.untracked_end:
+                where = AddressRange(result.untracked_start, result.untracked_end)
             raise NotTrackedError.make(
                 ENOENT,
                 operation,

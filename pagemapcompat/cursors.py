@@ -74,7 +74,9 @@ class Cursor:
 
         Cost: on `pagemap-scan` 0.3 us and 0.7 to 3 ns a page, on `uffd-wp` 7 to 15 ns a page.
         """
-        return self._backend.get(self._attached, self._asked(start, stop), check_max_pages(max_pages))
+        asked = self._asked(start, stop)
+        limit = 0 if max_pages is None else check_max_pages(max_pages)
+        return self._backend.get(self._attached, asked, limit)
 
     def collect(
         self, start: SupportsIndex = 0, stop: SupportsIndex | None = None, *, max_pages: int | None = None
@@ -102,7 +104,7 @@ class Cursor:
         Source: fs/proc/task_mmu.c, do_pagemap_scan; mm/userfaultfd.c, mwriteprotect_range.
         """
         asked = self._asked(start, stop)
-        limit = check_max_pages(max_pages)
+        limit = 0 if max_pages is None else check_max_pages(max_pages)
         return self._backend.get_and_engage_wp(self._attached, asked, limit, rearm=self._rearm)
 
     def reset(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:

@@ -159,21 +159,25 @@ class ScanResult(Sequence[PageRegion]):
 
     Attributes:
         range: What was asked about.
-
-        walk_end: The address where the scan stopped.
-
-        pages: How many pages are in the result.
     """
 
-    __slots__ = ("_base", "_length", "_result", "pages", "range", "walk_end")
+    __slots__ = ("_base", "_length", "_result", "range")
 
     def __init__(self, result: _kernel.Result, asked: AddressRange, base: int, length: int) -> None:
         self._result = result
         self._base = base
         self._length = length
         self.range: AddressRange = asked
-        self.walk_end: int = result.c.walk_end
-        self.pages: int = result.c.pages
+
+    @property
+    def walk_end(self) -> int:
+        """The address where the scan stopped."""
+        return self._result.walk_end
+
+    @property
+    def pages(self) -> int:
+        """How many pages are in the result."""
+        return self._result.pages
 
     @property
     def complete(self) -> bool:
@@ -187,7 +191,7 @@ class ScanResult(Sequence[PageRegion]):
 
     def __len__(self) -> int:
         """The number of regions."""
-        return int(self._result.c.count)
+        return self._result.count
 
     @overload
     def __getitem__(self, index: int) -> PageRegion: ...
@@ -229,9 +233,7 @@ class ScanResult(Sequence[PageRegion]):
 
         Also for a sub-range. The last one is clipped where the memory ends inside a page.
         """
-        base, length = self._base, self._length
-        for start, end, _ in iter_unpack(_REGION, self.as_u64()):
-            yield start - base, min(end - base, length)
+        return _kernel.spans(self._result, self._base, self._length)
 
     def page_indices(self) -> Iterator[int]:
         """The number of every page in the result, counted from the start of the tracked memory."""
@@ -267,11 +269,11 @@ class ScanResult(Sequence[PageRegion]):
 
         `np.asarray(result.as_u64()).reshape(-1, 3)` copies nothing either. The view keeps the array alive.
         """
-        return self._result.words()
+        return _kernel.words(self._result)
 
 
 def _restore(words: bytes, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:
-    return ScanResult(_kernel.Result.restore(words, walk_end), asked, base, length)
+    return ScanResult(_kernel.restore_result(words, walk_end), asked, base, length)
 
 
 @attrs.frozen
@@ -471,8 +473,8 @@ class Pagemap:
         try:
             asked = pinned.range
             if query.never:
-                result = _kernel.Result()
-                result.c.walk_end = asked.end
+                result = _kernel.new_result()
+                result.walk_end = asked.end
                 return ScanResult(result, asked, asked.start, pinned.length)
             if not self._ioctl:
                 self._check_words(query.mentioned)

@@ -86,7 +86,7 @@ class ParanoidBackend(Backend):
         attached = super().attach(memory, length)
         try:
             turn = _Turn(attached, self._shadow(attached))
-            self._follow(turn, _kernel.Result())
+            self._follow(turn, _kernel.new_result())
             turn.end()
         except BaseException:
             self.detach(attached)
@@ -126,7 +126,7 @@ class ParanoidBackend(Backend):
                 differing = self._differing(turn, asked)
                 answer = super().get(on, asked, max_pages)
                 differing = _without(differing, [(answer.walk_end, asked.end, 0)])
-                self._judge(turn, _without(differing, answer._result.triples()))  # noqa: SLF001 - its friend
+                self._judge(turn, _without(differing, _kernel.triples(answer._result)))  # noqa: SLF001 - its friend
             finally:
                 turn.end()
         return answer
@@ -139,7 +139,7 @@ class ParanoidBackend(Backend):
             try:
                 differing = self._differing(turn, on.range)
                 result = super().written(on)
-                self._judge(turn, _without(differing, result.triples()))
+                self._judge(turn, _without(differing, _kernel.triples(result)))
             finally:
                 turn.end()
         return result
@@ -153,16 +153,16 @@ class ParanoidBackend(Backend):
                 answer = super().get_and_engage_wp(on, asked, max_pages, rearm=rearm)
             except KernelError as error:
                 if error.collected is not None:
-                    error.collected._result.c.delivered = 0  # noqa: SLF001 - its friend
+                    error.collected._result.delivered = 0  # noqa: SLF001 - its friend
                     self._agree_before_delivery(turn, asked, error.collected)
                     turn.end()
-                    error.collected._result.c.delivered = 1  # noqa: SLF001 - its friend
+                    error.collected._result.delivered = 1  # noqa: SLF001 - its friend
                 raise
-            answer._result.c.delivered = 0  # noqa: SLF001 - its friend
+            answer._result.delivered = 0  # noqa: SLF001 - its friend
             self._agree_before_delivery(turn, asked, answer)
             turn.end()
         # As in the real one: no call lies between this and the caller.
-        answer._result.c.delivered = 1  # noqa: SLF001 - its friend
+        answer._result.delivered = 1  # noqa: SLF001 - its friend
         return answer
 
     def _agree_before_delivery(self, turn: _Turn, asked: AddressRange, answer: ScanResult) -> None:
@@ -172,7 +172,7 @@ class ParanoidBackend(Backend):
             self._agree(turn, pages, AddressRange(asked.start, answer.walk_end))
         except PagemapCompatError as error:
             error.collected = answer
-            pages.c.delivered = 1
+            pages.delivered = 1
             raise
         except BaseException:
             _kernel.owe(pages)
@@ -208,12 +208,12 @@ class ParanoidBackend(Backend):
 
     def _differing(self, turn: _Turn, asked: AddressRange) -> _kernel.Result:
         if turn.image is None:
-            self._follow(turn, _kernel.Result())
+            self._follow(turn, _kernel.new_result())
         return self._unlike(turn, _pages(asked))
 
     def _unlike(self, turn: _Turn, pages: _kernel.Result) -> _kernel.Result:
         """Which of *pages* are not what the image holds."""
-        return super().differing(turn.on, turn.image, pages) if turn.image else _kernel.Result()
+        return super().differing(turn.on, turn.image, pages) if turn.image else _kernel.new_result()
 
     def _agree(self, turn: _Turn, taken: _kernel.Result, asked: AddressRange) -> None:
         """Copy what was taken, which is protected again, and compare all that was *asked*."""
@@ -226,24 +226,24 @@ class ParanoidBackend(Backend):
     def _judge(self, turn: _Turn, suspects: _kernel.Result) -> None:
         """Raise if any of these pages, which differed, is in no answer that is given now."""
         for _ in range(_ROUNDS):
-            if not suspects.c.count:
+            if not suspects.count:
                 return
-            suspects = _without(suspects, super().written(turn.on).triples())
+            suspects = _without(suspects, _kernel.triples(super().written(turn.on)))
             # One that was unmapped, or made a guard page, was not written.
             gone = _kernel.image_list(self._now(turn, suspects), turn.on.range.start, _kernel.LIST_MISSING)
-            suspects = _without(self._unlike(turn, suspects), gone.triples())
-        if suspects.c.count and turn.image and not turn.is_disturbed:
+            suspects = _without(self._unlike(turn, suspects), _kernel.triples(gone))
+        if suspects.count and turn.image and not turn.is_disturbed:
             self._complain(turn, turn.image, suspects)
 
     def _complain(self, turn: _Turn, image: _kernel.ImageHandle, lost: _kernel.Result) -> NoReturn:
         where = turn.on.range
-        start, _, _ = next(lost.triples())
+        start, _, _ = next(_kernel.triples(lost))
         page = (start - where.start) >> PAGE_SHIFT
         was = _kernel.image_read(image, page, 1)
         now = _kernel.image_read(self._now(turn, _pages(AddressRange(start, start + page_size()))), page, 1)
         at = next((i for i, (old, new) in enumerate(zip(was, now, strict=True)) if old != new), None)
         change = "it changed back" if at is None else f"byte {at} of it was {was[at]:#04x} and is {now[at]:#04x}"
-        lost.c.walk_end = where.end
+        lost.walk_end = where.end
         raise DisagreementError.of(ScanResult(lost, where, where.start, turn.on.length), change, self.label)
 
     def _now(self, turn: _Turn, pages: _kernel.Result) -> _kernel.ImageHandle:
@@ -256,7 +256,7 @@ class ParanoidBackend(Backend):
 
 
 def _pages(asked: AddressRange) -> _kernel.Result:
-    return _kernel.Result.of(asked.start, asked.end) if asked.length else _kernel.Result()
+    return _kernel.result_of(asked.start, asked.end) if asked.length else _kernel.new_result()
 
 
 def _without(pages: _kernel.Result, others: Iterable[tuple[int, int, int]]) -> _kernel.Result:
@@ -265,7 +265,7 @@ def _without(pages: _kernel.Result, others: Iterable[tuple[int, int, int]]) -> _
     end = 0
     blocked = iter([*others, (1 << 63, 1 << 63, 0)])
     block, block_end, _ = next(blocked)
-    for start, end, categories in pages.triples():
+    for start, end, categories in _kernel.triples(pages):
         at = start
         while at < end:
             while block_end <= at:
@@ -273,7 +273,7 @@ def _without(pages: _kernel.Result, others: Iterable[tuple[int, int, int]]) -> _
             if at < block:
                 left += _REGION.pack(at, min(end, block), categories)
             at = max(at, min(end, block_end))
-    return _kernel.Result.restore(bytes(left), end)
+    return _kernel.restore_result(bytes(left), end)
 
 
 class ParanoidPagemapScanBackend(ParanoidBackend, PagemapScanBackend):

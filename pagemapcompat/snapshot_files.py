@@ -81,7 +81,7 @@ def write(
         )
     runs = _kernel.image_list(image, 0, _kernel.LIST_HELD | _kernel.LIST_MISSING)
     flags = _ZSTD if compression else 0
-    header = _HEADER.pack(_MAGIC, _VERSION, flags, page_size(), where.start, length, runs.c.count)
+    header = _HEADER.pack(_MAGIC, _VERSION, flags, page_size(), where.start, length, runs.count)
     content = _content(image, runs)
     if compression:
         content = _deflated(_zstandard(), content)
@@ -94,13 +94,13 @@ def write(
 
 
 def _table(runs: _kernel.Result) -> Iterator[bytes]:
-    for start, end, category in runs.triples():
+    for start, end, category in _kernel.triples(runs):
         kind = _HELD if category == _kernel.LIST_HELD else _MISSING
         yield _RUN.pack(start >> PAGE_SHIFT, (end - start) >> PAGE_SHIFT, kind)
 
 
 def _content(image: _kernel.ImageHandle, runs: _kernel.Result) -> Iterator[bytes | bytearray]:
-    for start, end, category in runs.triples():
+    for start, end, category in _kernel.triples(runs):
         if category == _kernel.LIST_HELD:
             for first, count in _chunks(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
                 yield _kernel.image_read(image, first, count)

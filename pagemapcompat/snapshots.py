@@ -233,7 +233,7 @@ class History:
     def snapshot(self) -> Snapshot:
         """See `TrackedRange.snapshot`."""
         with self._turn() as on:
-            pages = _kernel.Result()
+            pages = _kernel.new_result()
             try:
                 self._backend.take(on, pages, rearm=self._rearm)
                 image = _kernel.image_create(on.range.length // page_size(), self._image)
@@ -246,7 +246,7 @@ class History:
             except BaseException:
                 _kernel.owe(pages)
                 raise
-            pages.c.delivered = 1
+            pages.delivered = 1
             return made
 
     def restore(self, snapshot: Snapshot, *, verify: bool) -> ScanResult:
@@ -256,18 +256,18 @@ class History:
         with self._turn() as on:
             stale = self._stale(on, image)
             self._backend.write_back(on, image, stale)
-            pages = _kernel.Result()
+            pages = _kernel.new_result()
             try:
                 self._backend.take(on, pages, rearm=self._rearm)
                 # Protected again, pages show who writes from now on; who wrote until then is shown by what they hold.
-                touched = stale if stale.words() == pages.words() else _kernel.unite(stale, pages)
+                touched = stale if _kernel.words(stale) == _kernel.words(pages) else _kernel.unite(stale, pages)
                 self._check(ConcurrentWriteError, on, image, touched)
                 self._restored = True
                 self._image, self._at = image, snapshot
             except BaseException:
                 _kernel.owe(pages)
                 raise
-            pages.c.delivered = 1
+            pages.delivered = 1
             if verify:
                 self._image = None  # nothing is known, unless all is found right
                 self._check(RestoreError, on, image, _everything(on.range))
@@ -311,7 +311,7 @@ class History:
         if Guarantee.NO_HELPER_THREAD not in on.guarantees:
             # One call a run is cheaper than one fault a page. What is untracked does not fault.
             with suppress(NotTrackedError):
-                for start, end, _ in other.triples():
+                for start, end, _ in _kernel.triples(other):
                     self._backend.disengage_wp(on, AddressRange(start, end))
         return _kernel.unite(written, other)
 
@@ -319,9 +319,9 @@ class History:
         self, error: type[RestoreError], on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result
     ) -> None:
         differing = self._backend.differing(on, image, pages)
-        if differing.c.count:
+        if differing.count:
             raise error.of(ScanResult(differing, on.range, on.range.start, on.length))
 
 
 def _everything(where: AddressRange) -> _kernel.Result:
-    return _kernel.Result.of(where.start, where.end)
+    return _kernel.result_of(where.start, where.end)

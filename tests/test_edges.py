@@ -73,8 +73,9 @@ def test_memory_of_the_library_is_never_in_a_hole_of_tracked_memory(flavour: Fla
             while not kept or kept[-1] > memory.start:
                 kept.append(libc.mmap(PAGE, flags=(PRIVATE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)[len(kept) % 2]))
             libc.munmap(hole.start, hole.length)
-            assert hole.start <= (probing := libc.mmap(PAGE)) < hole.end, "the kernel puts mappings elsewhere"
-            libc.munmap(probing, PAGE)
+            first = libc.mmap(PAGE)
+            assert hole.start <= first < hole.end, "the kernel puts mappings elsewhere"
+            libc.munmap(first, PAGE)
             ram = tracker.track(memory)  # whose hole would hold what is needed to track it
             assert anonymous(hole) == set()
             other = tracker.track((small, PAGE))

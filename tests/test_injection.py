@@ -311,6 +311,7 @@ class Stage:
     def take(self, reader: Cursor, result: ScanResult) -> None:
         """A reader was told. What its answer has gone past and does not name is clean."""
         told = set(result.page_indices())
+        assert result.range.start <= result.walk_end <= result.range.end
         assert told.isdisjoint(HOLE)
         passed = range((result.range.start - PLACE) // PAGE, (result.walk_end - PLACE) // PAGE)
         assert self.owed[reader].intersection(passed) <= told, "written pages were called clean"

@@ -262,7 +262,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 				break;
 			}
 		}
-		if (!make_room(tracker, result, PMC_REGIONS))
+		if (!make_room(tracker, result, min_u64(PMC_REGIONS, ((end - pos) >> shift) / 2 + 1)))
 			break;
 		if (cursor->owed_count) {
 			uint64_t first = page_index(range, pos), last = page_index(range, limit);

@@ -159,6 +159,14 @@ void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t
 	}
 }
 
+void pmc_fill_spans(const struct page_region *regions, uint64_t count, uint64_t base, uint64_t length, uint64_t *spans)
+{
+	for (uint64_t i = 0; i < count; i++) {
+		*spans++ = regions[i].start - base;
+		*spans++ = min_u64(regions[i].end - base, length);
+	}
+}
+
 void pmc_fill_addresses(const struct page_region *regions, uint64_t count, uint64_t shift, uint64_t step,
 			uint64_t *addresses)
 {

@@ -217,6 +217,8 @@ int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, cons
 // Sets bit (page - base) of *bits*, least significant first, for each page of *regions*.
 void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t base, uint32_t page_shift,
 		     unsigned char *bits);
+// Stores start and end of each of *regions*, as offsets from *base* and at most *length*.
+void pmc_fill_spans(const struct page_region *regions, uint64_t count, uint64_t base, uint64_t length, uint64_t *spans);
 // Stores the address, plus *shift* modulo 2**64, of every *step* bytes of *regions*.
 void pmc_fill_addresses(const struct page_region *regions, uint64_t count, uint64_t shift, uint64_t step,
 			uint64_t *addresses);

@@ -47,6 +47,12 @@ static uint64_t scan(struct pmc_tracker *tracker, struct pm_scan_arg *arg, int *
 	return count;
 }
 
+// How many regions a scan of [start, end) can give, up to *most*: the kernel has less to allocate for a short range.
+static uint64_t vec_len_for(const struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint64_t most)
+{
+	return min_u64(most, ((end - start) >> tracker->page_shift) / 2 + 1);
+}
+
 static struct pm_scan_arg written_arg(uint64_t start, uint64_t end, bool engage, struct page_region *vec, uint64_t len)
 {
 	// CHECK_WPASYNC also without WP_MATCHING: unregistered memory fails the call then, instead of being written or not by the
@@ -189,7 +195,8 @@ int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct p
 		end = min_u64(end, start + (arg->max_pages << tracker->page_shift));
 	for (unsigned looks = 0; looks < PMC_LOOKS; looks++) {
 		struct pm_scan_arg take = written_arg(start, end, arg->flags & PM_SCAN_WP_MATCHING,
-						      (struct page_region *)(uintptr_t)arg->vec, arg->vec_len);
+						      (struct page_region *)(uintptr_t)arg->vec,
+						      vec_len_for(tracker, start, end, arg->vec_len));
 		int error;
 		take.max_pages = arg->max_pages;
 		uint64_t count = twice ? scan_twice(tracker, &take, &error) : scan(tracker, &take, &error);
