@@ -67,12 +67,15 @@ class Attached:
     cursor: _kernel.CursorHandle
     range: AddressRange
     """Page aligned."""
-    start: int = attrs.field(init=False, default=attrs.Factory(lambda self: self.range.start, takes_self=True))
+    start: int
+    """Of the range."""
     length: int
     """In bytes, as the owner of the memory sees it."""
     granularity: int
     """The size of its largest page, in bytes."""
     guarantees: Guarantee
+    spare: list[_kernel.Result] = attrs.field(factory=list, init=False, eq=False, repr=False)
+    """Of earlier answers, to be used again once their owners let them go."""
 
 
 _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
@@ -90,8 +93,8 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
 )
 
 
-_COLLECT: Final = _kernel.ENGAGE
-_COLLECT_AND_REARM: Final = _kernel.ENGAGE | _kernel.REARM
+_ENGAGE: Final = _kernel.ENGAGE
+_ENGAGE_AND_REARM: Final = _kernel.ENGAGE | _kernel.REARM
 
 
 class Backend:
@@ -223,6 +226,7 @@ class Backend:
             handle=handle,
             cursor=cursor,
             range=memory,
+            start=memory.start,
             length=length,
             granularity=_kernel.range_granularity(handle),
             guarantees=guarantees,
@@ -278,23 +282,34 @@ class Backend:
 
     def get(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
         """GET: what was written. Changes nothing."""
-        result = _kernel.new_result()
-        rc = _kernel.scan(on.cursor, asked.start, asked.end, max_pages, 0, result)
+        result = _kernel.reuse_result(on.spare)
+        answer = ScanResult(result, asked, on.start, on.length)
+        on.spare.append(result)
+        if asked is on.range and not max_pages:
+            rc = _kernel.scan_all(on.cursor.c, 0, result)
+        else:
+            rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, 0, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked)
-        return ScanResult(result, asked, on.start, on.length)
+        return answer
 
-    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
+    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, rearm: bool) -> ScanResult:
         """ENGAGE_WP + GET: what was written, protected again in the same step.
 
         What was taken is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
         changes which, not that.
         """
-        result = _kernel.new_result()
+        # As much as possible comes before the scan: where that protected a page the kernel has flushed this CPU's TLB,
+        # and whatever comes after it takes several times as long.
+        flags = _ENGAGE_AND_REARM if rearm else _ENGAGE
+        result = _kernel.reuse_result(on.spare)
+        answer = ScanResult(result, asked, on.start, on.length)
+        on.spare.append(result)
         try:
-            flags = _COLLECT_AND_REARM if rearm else _COLLECT
-            rc = _kernel.scan(on.cursor, asked.start, asked.end, max_pages, flags, result)
-            answer = ScanResult(result, asked, on.start, on.length)
+            if asked is on.range and not max_pages:
+                rc = _kernel.scan_all(on.cursor.c, flags, result)
+            else:
+                rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, flags, result)
             if rc:
                 self._fail(-rc, _kernel.operation(result), asked, result)
         except PagemapCompatError as error:
@@ -305,21 +320,20 @@ class Backend:
             _kernel.owe(result)
             raise
         # No call lies between this and the caller, so no interrupt does. One that comes earlier, or a second one in the
-        # handler above, leaves the pages undelivered, and freeing the result gives them back.
+        # handler above, leaves the pages undelivered: freeing the result, or using it again, gives them back.
         result.delivered = 1
         return answer
 
     def take(self, on: Attached, pages: _kernel.Result, *, rearm: bool) -> None:
         """ENGAGE_WP + GET of all of it, into *pages*, which the caller delivers or gives back, on errors too."""
-        flags = _COLLECT_AND_REARM if rearm else _COLLECT
-        rc = _kernel.scan(on.cursor, on.range.start, on.range.end, 0, flags, pages)
+        rc = _kernel.scan_all(on.cursor.c, _ENGAGE_AND_REARM if rearm else _ENGAGE, pages)
         if rc or pages.walk_end < on.range.end:
             self._fail(-rc or ENOMEM, _kernel.operation(pages), on.range, pages)
 
     def written(self, on: Attached) -> _kernel.Result:
         """GET of all of it."""
         result = _kernel.new_result()
-        rc = _kernel.scan(on.cursor, on.range.start, on.range.end, 0, 0, result)
+        rc = _kernel.scan_all(on.cursor.c, 0, result)
         if rc or result.walk_end < on.range.end:
             self._fail(-rc or ENOMEM, _kernel.operation(result), on.range)
         return result
@@ -357,8 +371,9 @@ class Backend:
 
     def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""
-        result = _kernel.new_result()
-        rc = _kernel.reset(on.cursor, asked.start, asked.end, _kernel.REARM if rearm else 0, result)
+        result = _kernel.reuse_result(on.spare)
+        on.spare.append(result)
+        rc = _kernel.reset(on.cursor.c, asked.start, asked.end, _kernel.REARM if rearm else 0, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
 

@@ -295,16 +295,58 @@ check:
 	return rc;
 }
 
+// ---- Results ------------------------------------------------------------------------------------------------
+
+int pmc_owe(struct pmc_result *result)
+{
+	struct pmc_cursor *cursor = result->cursor;
+	if (!cursor || result->delivered)
+		return 0;
+	int rc = enter_cursor(cursor);
+	result->delivered = 1;
+	if (rc)
+		return rc;
+	for (uint64_t i = 0; i < result->count; i++)
+		pmc_cursor_owe(cursor, result->regions[i].start, result->regions[i].end);
+	return pmc_leave(cursor->range->tracker, 0, NULL);
+}
+
+// Gives back what it was not delivered of. Memory for a few regions stays.
+static void result_empty(struct pmc_result *result)
+{
+	struct pmc_result empty = { 0 };
+	(void)pmc_owe(result); // closed, or forked: nobody will ask for them
+	if (result->cursor)
+		pmc_cursor_put(result->cursor);
+	if (result->capacity <= PMC_REGIONS) {
+		empty.regions = result->regions;
+		empty.capacity = result->capacity;
+	} else {
+		free(result->regions);
+	}
+	*result = empty;
+}
+
+void pmc_result_release(struct pmc_result *result)
+{
+	result_empty(result);
+	free(result->regions);
+	*result = (struct pmc_result){ 0 };
+}
+
+// ---- Scans, and the rest ------------------------------------------------------------------------------------
+
 int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result)
 {
+	result_empty(result);
 	result->walk_end = start;
 	int rc = enter_cursor(cursor);
 	if (rc)
 		return rc;
 	struct pmc_tracker *tracker = cursor->range->tracker;
 	max_pages = min_u64(max_pages, (end - start) >> tracker->page_shift);
-	if (flags & PMC_ENGAGE && !result->cursor) {
+	if (flags & PMC_ENGAGE) {
 		atomic_fetch_add(&cursor->references, 1);
 		result->cursor = cursor;
 	}
@@ -316,6 +358,11 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 	if (flags & PMC_ENGAGE)
 		tracker->pages += result->pages;
 	return pmc_leave(tracker, rc, result);
+}
+
+int pmc_scan_all(struct pmc_cursor *cursor, uint32_t flags, struct pmc_result *result)
+{
+	return pmc_scan(cursor, cursor ? cursor->range->start : 0, cursor ? cursor->range->end : 0, 0, flags, result);
 }
 
 // Takes nothing from the other cursors: where there are any, pages are protected as a collect does, and owed to them.
@@ -334,6 +381,7 @@ static int reset_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end,
 
 int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result)
 {
+	result_empty(result);
 	int rc = enter_cursor(cursor);
 	if (rc)
 		return rc;
@@ -394,27 +442,4 @@ int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_
 	}
 	result->walk_end = start;
 	return pmc_leave(range->tracker, rc < 0 ? rc : 0, result);
-}
-
-int pmc_owe(struct pmc_result *result)
-{
-	struct pmc_cursor *cursor = result->cursor;
-	if (!cursor || result->delivered)
-		return 0;
-	int rc = enter_cursor(cursor);
-	result->delivered = 1;
-	if (rc)
-		return rc;
-	for (uint64_t i = 0; i < result->count; i++)
-		pmc_cursor_owe(cursor, result->regions[i].start, result->regions[i].end);
-	return pmc_leave(cursor->range->tracker, 0, NULL);
-}
-
-void pmc_result_release(struct pmc_result *result)
-{
-	(void)pmc_owe(result); // closed, or forked: nobody will ask for them
-	if (result->cursor)
-		pmc_cursor_put(result->cursor);
-	free(result->regions);
-	*result = (struct pmc_result){ 0 };
 }
