@@ -282,18 +282,19 @@ class Backend:
 
     def get(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
         """GET: what was written. Changes nothing."""
-        result = _kernel.reuse_result(on.spare)
+        spare = on.spare
+        result = _kernel.reuse_result(spare)
         answer = ScanResult(result, asked, on.start, on.length)
-        on.spare.append(result)
         if asked is on.range and not max_pages:
             rc = _kernel.scan_all(on.cursor.c, 0, result)
         else:
             rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, 0, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked)
+        spare += (result,)
         return answer
 
-    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, rearm: bool) -> ScanResult:
+    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
         """ENGAGE_WP + GET: what was written, protected again in the same step.
 
         What was taken is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
@@ -302,9 +303,9 @@ class Backend:
         # As much as possible comes before the scan: where that protected a page the kernel has flushed this CPU's TLB,
         # and whatever comes after it takes several times as long.
         flags = _ENGAGE_AND_REARM if rearm else _ENGAGE
-        result = _kernel.reuse_result(on.spare)
+        spare = on.spare
+        result = _kernel.reuse_result(spare)
         answer = ScanResult(result, asked, on.start, on.length)
-        on.spare.append(result)
         try:
             if asked is on.range and not max_pages:
                 rc = _kernel.scan_all(on.cursor.c, flags, result)
@@ -320,7 +321,8 @@ class Backend:
             _kernel.owe(result)
             raise
         # No call lies between this and the caller, so no interrupt does. One that comes earlier, or a second one in the
-        # handler above, leaves the pages undelivered: freeing the result, or using it again, gives them back.
+        # handler above, leaves the pages undelivered, and freeing the result gives them back.
+        spare += (result,)
         result.delivered = 1
         return answer
 
@@ -372,10 +374,10 @@ class Backend:
     def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""
         result = _kernel.reuse_result(on.spare)
-        on.spare.append(result)
         rc = _kernel.reset(on.cursor.c, asked.start, asked.end, _kernel.REARM if rearm else 0, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
+        on.spare.append(result)
 
     def disengage_wp(self, on: Attached, asked: AddressRange) -> None:
         """Un-protect; all of it counts as written once."""

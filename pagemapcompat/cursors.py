@@ -108,7 +108,7 @@ class Cursor:
         """
         asked = self.range if stop is None and start is _START else self._asked(start, stop)
         limit = 0 if max_pages is None else check_max_pages(max_pages)
-        return self._backend.get_and_engage_wp(self._attached, asked, limit, self._rearm)
+        return self._backend.get_and_engage_wp(self._attached, asked, limit, rearm=self._rearm)
 
     def reset(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
         """Start watching anew, whatever was written until now. What is owed is forgotten too.

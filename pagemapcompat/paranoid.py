@@ -144,13 +144,13 @@ class ParanoidBackend(Backend):
                 turn.end()
         return result
 
-    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, rearm: bool) -> ScanResult:
+    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
         """ENGAGE_WP + GET, compared. What an error had taken is compared too."""
         shadow = self._shadow(on)
         with shadow.lock:
             turn = _Turn(on, shadow)
             try:
-                answer = super().get_and_engage_wp(on, asked, max_pages, rearm)
+                answer = super().get_and_engage_wp(on, asked, max_pages, rearm=rearm)
             except KernelError as error:
                 if error.collected is not None:
                     error.collected._result.delivered = 0  # noqa: SLF001 - its friend
@@ -159,6 +159,7 @@ class ParanoidBackend(Backend):
                     error.collected._result.delivered = 1  # noqa: SLF001 - its friend
                 raise
             answer._result.delivered = 0  # noqa: SLF001 - its friend
+            on.spare[:] = ()  # nothing but the answer has it: with that it goes, and gives its pages back
             self._agree_before_delivery(turn, asked, answer)
             turn.end()
         # As in the real one: no call lies between this and the caller.

@@ -361,7 +361,7 @@ def test_a_signal_handler_may_ask_too(tracker: DirtyTracker, monkeypatch: pytest
     """In the middle of a call of the same reader. What it is told, the other was not, and need not be."""
     memory = private(PAGES)
     ram = tracker.track(memory)
-    for name, call in itertools.product(("scan", "capture", "compare"), (ram.collect, ram.peek, ram.snapshot)):
+    for name, call in itertools.product(("scan_all", "capture", "compare"), (ram.collect, ram.peek, ram.snapshot)):
         original = getattr(_kernel, name)
         told: set[int] = set()
         asked: list[bool] = []
@@ -392,13 +392,13 @@ def test_calls_of_one_reader_come_one_after_the_other(tracker: DirtyTracker, mon
     ram = tracker.track(private(PAGES))
     free: list[bool] = []
 
-    def looked_at(*arguments: Any, scan: Any = _kernel.scan) -> int:
+    def looked_at(*arguments: Any, scan: Any = _kernel.scan_all) -> int:
         crew = Crew()
         crew.add(lambda: free.append(lock_of(ram).acquire(blocking=False)))
         crew.join()
         return int(scan(*arguments))
 
-    monkeypatch.setattr(_kernel, "scan", looked_at)
+    monkeypatch.setattr(_kernel, "scan_all", looked_at)
     ram.peek()
     ram.collect()
     assert free == [False, False]
