@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from children import Crew, Mirror, in_child
+from children import Crew, Mirror, in_child, name_of
 from conftest import PAGE, Flavour, flavours, lacking, libc, pages_of, private, run_child, use_flavour, write
 
-from pagemapcompat import ClosedError, DirtyTracker, FaultThreadError, KernelError
+from pagemapcompat import AddressRange, ClosedError, DirtyTracker, FaultThreadError, KernelError, TrackedRange
 
 pytestmark = pytest.mark.kernel
 
@@ -225,3 +225,69 @@ def test_thread_local_storage_of_any_size(kib: int, tmp_path: Path) -> None:
             assert tracker.statistics().faults >= 1
         """
     run_child(program, env={"LD_PRELOAD": str(library)})
+
+
+# -- Where it runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cpus() -> list[int]:
+    """Two that this process may use."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        lacking("cpus", "this process may use one", "a machine with two")
+    return cpus[:2]
+
+
+def fault_thread() -> int:
+    """The thread id of the only one in this process."""
+    (thread,) = (task for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat")
+    return int(thread)
+
+
+def write_from(cpu: int, memory: AddressRange, ram: TrackedRange) -> None:
+    """Write to each page for the first time since it was protected, on one CPU: many more faults than between two looks."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    for _ in range(4):
+        ram.reset()
+        for address in range(memory.start, memory.end, PAGE):
+            libc.fill(address)
+    os.sched_setaffinity(0, before)
+
+
+def test_it_runs_where_its_writer_does(uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]) -> None:
+    """A writer that goes to another CPU is followed."""
+    memory = area(64)
+
+    def check() -> None:
+        with uffd_wp.tracker() as tracker:
+            ram, thread = tracker.track(memory), fault_thread()
+            assert os.sched_getaffinity(thread) == os.sched_getaffinity(0)
+            for cpu in (*two_cpus, *two_cpus):
+                write_from(cpu, memory, ram)
+                assert os.sched_getaffinity(thread) == {cpu}
+
+    in_child(check)
+
+
+def test_it_stays_on_the_cpus_it_was_given(
+    uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]
+) -> None:
+    """Those of who made the tracker, or what somebody says later, wherever its writers are."""
+    memory, (first, second) = area(64), two_cpus
+
+    def check() -> None:
+        os.sched_setaffinity(0, {first})
+        with uffd_wp.tracker() as tracker:
+            ram, thread = tracker.track(memory), fault_thread()
+            write_from(second, memory, ram)
+            assert os.sched_getaffinity(thread) == {first}
+            os.sched_setaffinity(thread, {first, second})
+            write_from(second, memory, ram)
+            assert os.sched_getaffinity(thread) == {second}
+            os.sched_setaffinity(thread, {first})
+            write_from(second, memory, ram)
+            assert os.sched_getaffinity(thread) == {first}
+
+    in_child(check)

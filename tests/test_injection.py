@@ -121,6 +121,8 @@ ERRNOS = {
     "pwrite": (EACCES, EFAULT, EINTR, EIO, ENOMEM),
     "read": (EINTR, EIO, ENOMEM),
     "realloc": (ENOMEM,),
+    "sched_getaffinity": (EINVAL,),
+    "sched_setaffinity": (EINVAL, EPERM),
     "sysinfo": (EFAULT,),
 }
 """Sources: the manual pages, and fs/userfaultfd.c, mm/userfaultfd.c and fs/proc/task_mmu.c of 5.10 to 6.18."""
@@ -154,7 +156,7 @@ def is_transient(name: str, error: int) -> bool:
 
 INFALLIBLE = {
     *("clock_gettime", "getpid", "sigfillset", "sysconf", "__errno_location"),
-    *("memchr", "memcmp", "memcpy", "memmove", "memset", "strcmp", "strcspn", "strncmp", "strspn"),
+    *("memchr", "memcmp", "memcpy", "memmove", "memrchr", "memset", "strchr", "strcmp", "strcspn", "strncmp", "strspn"),
     "__stack_chk_fail",
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),

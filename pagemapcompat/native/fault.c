@@ -5,8 +5,8 @@
 // nor anything that a thread holding the GIL may hold: no Python, no malloc, no stdio, no mutex of the tracker. What is left:
 //  - memory: the tracker's own pages, this thread's own stack. None of it can be tracked (pmc_range_create refuses).
 //  - one lock, fault_lock, which others hold only around system calls that touch nothing but the tracker's own pages.
-//  - system calls: read, ioctl, futex.
-// If one of these fails there is nobody left to wake the writers, so everything is unregistered first, which wakes
+//  - system calls: read, ioctl, futex; and to follow its writers open, pread, close and two that concern the CPUs, of which each may fail.
+// If one of the first three fails there is nobody left to wake the writers, so everything is unregistered first, which wakes
 // them and lets their stores through untracked; the next call on the tracker fails loudly.
 //
 // The thread lives from pmc_tracker_create to pmc_tracker_close, with all signals blocked. It does not survive a fork.
@@ -14,7 +14,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -89,6 +91,96 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *r
 	return rc;
 }
 
+// ---- Where it runs ------------------------------------------------------------------------------------------
+//
+// A writer whose fault thread is on its own CPU waits for two switches of context; else each has to wake the other's CPU, which takes
+// 10 to 20 times as long where that is a virtual one and idle. The scheduler leaves the thread wherever it was. So the thread
+// looks now and then where its writers are and ties itself to that CPU. It looks at the first fault, the second, the fourth and so on,
+// in the end at each 64th: a look takes longer than a fault. Several writers on several CPUs draw it to and fro no more often.
+// It never leaves the CPUs it was given: those of the thread that made the tracker, or what somebody else says later.
+
+#define LOOK_EVERY 64 // faults, at most
+#define MOST_CPUS 8192
+
+struct follower {
+	uint64_t faults; // since the last look
+	uint64_t wait; // so many until the next one
+	int cpu; // it is tied to; -1: to none
+	unsigned long given[MOST_CPUS / 8 / sizeof(unsigned long)]; // the CPUs it may use
+};
+
+#define LONG_BITS (8 * sizeof(unsigned long))
+
+// What the kernel last let this thread use. False: that cannot be told.
+static bool get_cpus(unsigned long *mask)
+{
+	memset(mask, 0, MOST_CPUS / 8);
+	return !sched_getaffinity(0, MOST_CPUS / 8, (cpu_set_t *)mask);
+}
+
+// The CPU that a thread of this process last ran on, or -1.
+static int cpu_of(uint32_t thread)
+{
+	static const char before[] = "/proc/self/task/", after[] = "/stat";
+	char path[sizeof(before) + sizeof(after) + 10], digits[10], stat[1024];
+	size_t length = sizeof(before) - 1, count = 0;
+
+	memcpy(path, before, length);
+	do
+		digits[count++] = (char)('0' + thread % 10);
+	while (thread /= 10);
+	while (count)
+		path[length++] = digits[--count];
+	memcpy(path + length, after, sizeof(after));
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	ssize_t got = pread(fd, stat, sizeof(stat) - 1, 0);
+	close(fd);
+	// "tid (name) state ...": the name may hold anything, and processor is the 37th field behind it (proc_pid_stat(5)).
+	const char *at = got > 0 ? memrchr(stat, ')', (size_t)got) : NULL;
+	if (!at)
+		return -1;
+	stat[got] = 0;
+	for (int field = 0; field < 37 && at; field++)
+		at = strchr(at + 1, ' ');
+	if (!at || at[1] < '0' || at[1] > '9')
+		return -1;
+	int cpu = 0;
+	for (at++; *at >= '0' && *at <= '9' && cpu < MOST_CPUS; at++)
+		cpu = 10 * cpu + (*at - '0');
+	return cpu < MOST_CPUS ? cpu : -1;
+}
+
+static void follow(struct follower *follower, uint32_t thread)
+{
+	unsigned long mask[MOST_CPUS / 8 / sizeof(unsigned long)];
+
+	if (++follower->faults < follower->wait)
+		return;
+	follower->faults = 0;
+	follower->wait = min_u64(2 * follower->wait, LOOK_EVERY);
+	int cpu = cpu_of(thread);
+	if (cpu < 0 || cpu == follower->cpu || !get_cpus(mask))
+		return;
+	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
+	unsigned long tied = follower->cpu < 0 ? 0 : 1ul << follower->cpu % LONG_BITS;
+	bool ours = tied && mask[follower->cpu / LONG_BITS] == tied;
+	for (size_t i = 0; i < sizeof(mask) / sizeof(*mask) && ours; i++)
+		ours = !mask[i] || i == (size_t)follower->cpu / LONG_BITS;
+	if (!ours)
+		memcpy(follower->given, mask, sizeof(mask));
+	follower->cpu = -1;
+	if (!(follower->given[cpu / LONG_BITS] >> cpu % LONG_BITS & 1))
+		return;
+	memset(mask, 0, sizeof(mask));
+	mask[cpu / LONG_BITS] = 1ul << cpu % LONG_BITS;
+	if (!sched_setaffinity(0, sizeof(mask), (cpu_set_t *)mask))
+		follower->cpu = cpu;
+}
+
+// ---- What it does -------------------------------------------------------------------------------------------
+
 static bool contains(const struct span *spans, size_t count, uint64_t address)
 {
 	for (size_t i = 0; i < count; i++)
@@ -104,6 +196,7 @@ static int serve(struct pmc_tracker *tracker)
 {
 	struct uffd_msg messages[MESSAGES];
 	struct span woken[MESSAGES];
+	struct follower follower = { .wait = 1, .cpu = -1 };
 
 	for (;;) {
 		size_t answers = 0;
@@ -127,6 +220,9 @@ static int serve(struct pmc_tracker *tracker)
 			if (rc || align_down(address, page_size_of(tracker)) == (uint64_t)(uintptr_t)tracker->bell)
 				return rc;
 		}
+		// 0 where the handshake did not ask for it, and for whoever is in no namespace of ours.
+		if (messages[0].arg.pagefault.thread_id)
+			follow(&follower, messages[0].arg.pagefault.thread_id);
 	}
 }
 

@@ -1,5 +1,5 @@
 // What the C files share. Layers, each using only those before it:
-// output, image, vmas, uffd, fault, then the engines (words, scan), then tracker, range, cursor, operations and copy.
+// output, image, vmas, uffd, fault, owed, then the engines (words, scan), then tracker, range, cursor, operations and copy.
 #ifndef PMC_INTERNAL_H
 #define PMC_INTERNAL_H
 
@@ -9,7 +9,8 @@
 
 #include "pmc.h"
 
-#define PMC_REGIONS 512 // of one PAGEMAP_SCAN: its bounce buffer on x86-64, and the fastest size
+#define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64. An answer of no more is kept to be used again
+#define PMC_VECTOR 4096 // regions of one call of an engine: a call for each 512 takes 0.4 us more each time
 #define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
 #define PMC_WORDS 8192 // 64 KiB of pagemap words: from there on reading gets no faster
 
@@ -59,6 +60,9 @@ int pmc_result_reserve(struct pmc_result *result, uint64_t more);
 // Appends to a result that has room.
 void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, uint64_t categories,
 		       uint32_t page_shift);
+
+// Likewise *count* regions, of which no two are one.
+void pmc_result_append_all(struct pmc_result *result, const struct page_region *regions, uint64_t count, uint32_t page_shift);
 
 // One bit a page. The arrays are as long as their range; callers stay inside.
 static inline bool bit_test(const uint64_t *bits, uint64_t index)
@@ -166,6 +170,8 @@ struct pmc_range {
 	uint64_t *quiet; // could carry no mark when last protected (empty, or a guard page), and was reported as such
 	bool quiet_used;
 	uint64_t *log; // written, by the fault thread; under fault_lock; NULL where pagemap shows marks
+	size_t bare_size;
+	uint64_t *bare; // units of scan.c with nothing in them, and no mark; NULL where there are none
 };
 
 // A reader of a range. Whoever takes pages from the engine owes them to all other cursors, so that each sees every write.
@@ -204,7 +210,7 @@ struct pmc_tracker {
 	uint64_t scans;
 	uint64_t resets;
 	uint64_t pages;
-	struct page_region regions[PMC_REGIONS]; // all zero between calls
+	struct page_region regions[PMC_VECTOR]; // all zero between calls
 	struct page_region halves[2][PMC_REGIONS / 2]; // likewise
 	uint64_t words[PMC_WORDS];
 	void *copier; // of copy.c, once there was anything to copy
@@ -254,6 +260,14 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 int pmc_fault_thread_start(struct pmc_tracker *tracker);
 void pmc_fault_thread_stop(struct pmc_tracker *tracker);
 
+// -- owed.c; all under the tracker's mutex ----------------------------------------------------------------------
+
+// Owes the pages [start, end) to one cursor, or settles the debt.
+void pmc_cursor_owe(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
+void pmc_cursor_settle(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
+// Owes [start, end) to every cursor of the range but *except*.
+void pmc_owe_others(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
+
 // -- The engines: each answers pm_scan_arg as PAGEMAP_SCAN would, for one piece of a range, always asked for
 //    PAGE_IS_WRITTEN alone. Their walk_end is right on every return: all before it is answered, and with
 //    PM_SCAN_WP_MATCHING protected. -ENOENT: the memory at walk_end is mapped and not registered. ------------
@@ -268,7 +282,12 @@ int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t e
 int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_shift, uint32_t page_shift,
 		   uint64_t *words);
 
+// Its vector is tracker->regions.
 int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
+// Bytes of range->bare, one bit a unit; 0 where units do not pay, or cannot be told from others.
+size_t pmc_kernel_bare_size(const struct pmc_range *range);
+// Takes all units for bare that lie in the range as a whole. Before its first reset.
+void pmc_kernel_bare_all(struct pmc_range *range);
 int pmc_kernel_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
 		     uint64_t *walk_end);
 int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);
@@ -303,12 +322,7 @@ int pmc_enter_range(struct pmc_range *range);
 
 // -- cursor.c; all under the tracker's mutex --------------------------------------------------------------------
 
-// Owes the pages [start, end) to one cursor, or settles the debt.
-void pmc_cursor_owe(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
-void pmc_cursor_settle(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
-// Owes [start, end) to every cursor of the range but *except*.
-void pmc_owe_others(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
-// Likewise what of it is mapped. 0, or -errno where nobody can tell: then all of it.
+// Owes what is mapped of [start, end) to every cursor of the range but *except*. 0, or -errno where nobody can tell: then all of it.
 int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
 // Drops a reference; the last one frees. Takes no lock.
 void pmc_cursor_put(struct pmc_cursor *cursor);

@@ -32,6 +32,11 @@ static int enter_cursor(struct pmc_cursor *cursor)
 	return -PMC_ECLOSED;
 }
 
+static bool is_alone(const struct pmc_cursor *cursor)
+{
+	return cursor->range->cursors == cursor && !cursor->next;
+}
+
 // Registers and protects [start, end), and counts it as written for all cursors but *except*.
 static int rearm(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except)
 {
@@ -120,7 +125,7 @@ static uint64_t stored(const struct pmc_tracker *tracker, int rc)
 	uint64_t count = 0;
 	if (rc >= 0)
 		return (uint64_t)rc;
-	while (count < PMC_REGIONS && tracker->regions[count].end)
+	while (count < PMC_VECTOR && tracker->regions[count].end)
 		count++;
 	return count;
 }
@@ -130,13 +135,10 @@ static void drain(struct pmc_cursor *cursor, int rc, bool engaged, struct pmc_re
 {
 	struct pmc_tracker *tracker = cursor->range->tracker;
 	uint64_t count = stored(tracker, rc);
-	for (uint64_t i = 0; i < count; i++) {
-		const struct page_region *region = &tracker->regions[i];
-		if (engaged)
-			pmc_owe_others(cursor->range, region->start, region->end, cursor);
-		if (result)
-			pmc_result_append(result, region->start, region->end, PAGE_IS_WRITTEN, tracker->page_shift);
-	}
+	for (uint64_t i = 0; engaged && !is_alone(cursor) && i < count; i++)
+		pmc_owe_others(cursor->range, tracker->regions[i].start, tracker->regions[i].end, cursor);
+	if (result)
+		pmc_result_append_all(result, tracker->regions, count, tracker->page_shift);
 	memset(tracker->regions, 0, count * sizeof(*tracker->regions));
 }
 
@@ -146,7 +148,7 @@ static int take_for_others(struct pmc_cursor *cursor, const struct piece *piece,
 {
 	int rc = 0;
 	for (*walk_end = start; *walk_end < end && rc >= 0;) {
-		rc = run_engine(cursor->range, piece, *walk_end, end, 0, PMC_REGIONS, true, walk_end);
+		rc = run_engine(cursor->range, piece, *walk_end, end, 0, PMC_VECTOR, true, walk_end);
 		drain(cursor, rc, true, NULL);
 	}
 	return rc < 0 ? rc : 0;
@@ -221,23 +223,29 @@ static int next_owed(struct pmc_cursor *cursor, uint64_t start, uint64_t end, ui
 	return 0;
 }
 
-// Where the first written or owed page of [start, end) is, or end.
+// Where the first written or owed page of [start, end) is, or end; on an error start.
 static int next_written(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t *ret)
 {
 	struct pmc_range *range = cursor->range;
-	int error = next_owed(cursor, start, end, &end);
-	if (error)
-		return error;
-	for (uint64_t pos = start; pos < end;) {
-		const struct piece *piece = pmc_piece_at(range, pos);
-		int rc = run_engine(range, piece, pos, min_u64(end, piece->end), 0, 1, false, &pos);
-		if (rc > 0)
-			*ret = range->tracker->regions[0].start;
-		drain(cursor, rc, false, NULL);
-		if (rc)
-			return rc < 0 ? rc : 0;
-	}
-	*ret = end;
+	uint64_t owed, limit;
+	int rc;
+
+	*ret = start;
+	do {
+		owed = cursor->owed_count;
+		rc = next_owed(cursor, start, end, &limit);
+		for (uint64_t pos = start; pos < limit && !rc;) {
+			const struct piece *piece = pmc_piece_at(range, pos);
+			rc = run_engine(range, piece, pos, min_u64(limit, piece->end), 0, 1, false, &pos);
+			if (rc > 0)
+				limit = range->tracker->regions[0].start;
+			drain(cursor, rc, false, NULL);
+		}
+		// A unit that was armed meanwhile owes what came to it.
+	} while (rc >= 0 && cursor->owed_count != owed);
+	if (rc < 0)
+		return rc;
+	*ret = limit;
 	return 0;
 }
 
@@ -262,7 +270,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 				break;
 			}
 		}
-		if (!make_room(tracker, result, min_u64(PMC_REGIONS, ((end - pos) >> shift) / 2 + 1)))
+		if (!make_room(tracker, result, min_u64(PMC_VECTOR, ((end - pos) >> shift) / 2 + 1)))
 			break;
 		if (cursor->owed_count) {
 			uint64_t first = page_index(range, pos), last = page_index(range, limit);
@@ -281,7 +289,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 			}
 			limit = range->start + (owed << shift);
 		}
-		rc = run_engine(range, piece, pos, limit, left, PMC_REGIONS, engage, &walk_end);
+		rc = run_engine(range, piece, pos, limit, left, PMC_VECTOR, engage, &walk_end);
 		drain(cursor, rc, engage, result);
 		pos = walk_end;
 check:
@@ -311,14 +319,14 @@ int pmc_owe(struct pmc_result *result)
 	return pmc_leave(cursor->range->tracker, 0, NULL);
 }
 
-// Gives back what it was not delivered of. Memory for a few regions stays.
+// Gives back what it was not delivered of. Memory stays of which little was touched.
 static void result_empty(struct pmc_result *result)
 {
 	struct pmc_result empty = { 0 };
 	(void)pmc_owe(result); // closed, or forked: nobody will ask for them
 	if (result->cursor)
 		pmc_cursor_put(result->cursor);
-	if (result->capacity <= PMC_REGIONS) {
+	if (result->count <= PMC_REGIONS && result->capacity <= PMC_VECTOR) {
 		empty.regions = result->regions;
 		empty.capacity = result->capacity;
 	} else {
@@ -370,7 +378,7 @@ static int reset_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end,
 {
 	struct pmc_range *range = cursor->range;
 	int rc = 0;
-	if (range->cursors == cursor && !cursor->next)
+	if (is_alone(cursor))
 		return pmc_reset_stretch(range, start, end, walk_end);
 	for (*walk_end = start; *walk_end < end && !rc;) {
 		const struct piece *piece = pmc_piece_at(range, *walk_end);

@@ -88,6 +88,20 @@ void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, 
 	result->pages += (end - start) >> page_shift;
 }
 
+void pmc_result_append_all(struct pmc_result *result, const struct page_region *regions, uint64_t count, uint32_t page_shift)
+{
+	uint64_t bytes = 0;
+	if (!count)
+		return;
+	// Only the first can go on where the last one ended.
+	pmc_result_append(result, regions[0].start, regions[0].end, regions[0].categories, page_shift);
+	memcpy(result->regions + result->count, regions + 1, (count - 1) * sizeof(*regions));
+	result->count += count - 1;
+	for (uint64_t i = 1; i < count; i++)
+		bytes += regions[i].end - regions[i].start;
+	result->pages += bytes >> page_shift;
+}
+
 int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count)
 {
 	if (pmc_result_reserve(result, count))

@@ -24,7 +24,8 @@ static bool is_own_memory(const struct pmc_tracker *tracker, uint64_t start, uin
 		return true;
 	for (const struct pmc_range *range = tracker->ranges; range; range = range->next) {
 		if (overlaps(start, end, range, sizeof(*range)) ||
-		    overlaps(start, end, range->quiet, 2 * range->bits_size))
+		    overlaps(start, end, range->quiet, 2 * range->bits_size) ||
+		    overlaps(start, end, range->bare, range->bare_size))
 			return true;
 		for (const struct pmc_cursor *cursor = range->cursors; cursor; cursor = cursor->next)
 			if (overlaps(start, end, cursor, sizeof(*cursor)) ||
@@ -280,6 +281,7 @@ int pmc_range_close_locked(struct pmc_range *range)
 static void range_free(struct pmc_range *range)
 {
 	pmc_pages_free(range->quiet, 2 * range->bits_size);
+	pmc_pages_free(range->bare, range->bare_size);
 	pmc_pages_free(range->pieces, range->piece_capacity * sizeof(*range->pieces));
 	pmc_pages_free(range, sizeof(*range));
 }
@@ -302,6 +304,13 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	    overlaps(range->start, range->end, (char *)__builtin_frame_address(0) - STACK_REACH, STACK_REACH))
 		return -PMC_EOWNMEMORY;
 
+	range->bare_size = pmc_kernel_bare_size(range);
+	if (range->bare_size) {
+		range->bare = pmc_own_pages(tracker, range->start, range->end, range->bare_size);
+		if (!range->bare)
+			return -ENOMEM;
+		pmc_kernel_bare_all(range);
+	}
 	int rc = pmc_register_stretch(range, range->start, range->end);
 	if (rc)
 		return rc;

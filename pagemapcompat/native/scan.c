@@ -4,7 +4,7 @@
 //  - The vector is ours and mapped: an ioctl that cannot copy out has protected the pages already.
 //  - It is zero before the call: an ioctl that fails in its middle (EPERM at a mapping that is not registered, ENOMEM, EINTR)
 //    returns -1 and an arbitrary walk_end, but has stored what it had protected by then.
-//  - It has 512 regions: with more, walk_end can lie (seen on 6.18). Fewer regions than that is a finished scan; else the next
+//  - After more than 512 regions walk_end can lie (seen on 6.18). Fewer regions than the vector has is a finished scan; else the next
 //    one starts at walk_end or behind the last region, whichever is further.
 //  - WP_MATCHING never meets hugetlb memory, where kernels before 7.2 wait for themselves (e92d92bbafb2).
 //  - WP_MATCHING without a vector never cuts through a huge page (NULL dereference up to 6.14 at least).
@@ -12,6 +12,8 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #include "internal.h"
 
@@ -181,7 +183,147 @@ static int put_untracked(struct pm_scan_arg *arg, uint64_t start, uint64_t end, 
 	return (int)out.count;
 }
 
-int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg)
+// What one page table of the lowest level maps, which is a huge page (PMD_SIZE).
+static uint64_t huge_size(const struct pmc_tracker *tracker)
+{
+	uint64_t size = page_size_of(tracker);
+	return size * (size / sizeof(uint64_t));
+}
+
+// ---- Bare units -----------------------------------------------------------------------------------------------
+//
+// A great reserve of which little is used must not cost what is not there: marks for all of its empty pages would fill page tables that
+// each scan walks. So private memory is armed by units, and one in which nothing is stays bare. There the kernel is asked for pages that
+// are present or swapped, which it skips over by whole page tables. When something has come, also to a peek, the unit is armed as a
+// whole, in one query that takes each page. It was empty: what is zero has not changed (a read puts the zero page there, a write may
+// bring a whole huge page), anything else is owed to all cursors. From then on its empty pages have marks, which a discard takes away.
+
+#define UNIT_TABLES 16 // lowest page tables of a unit: 32 MiB with pages of 4 KiB
+
+static uint64_t unit_size(const struct pmc_tracker *tracker)
+{
+	return UNIT_TABLES * huge_size(tracker);
+}
+
+static uint64_t unit_index(const struct pmc_range *range, uint64_t address)
+{
+	uint64_t size = unit_size(range->tracker);
+	return (address - align_down(range->start, size)) / size;
+}
+
+size_t pmc_kernel_bare_size(const struct pmc_range *range)
+{
+	const struct pmc_tracker *tracker = range->tracker;
+	// Where the query that arms a unit leaves its empty pages without a mark (1.6 of an older kernel), there are none.
+	if (!pmc_is_async(tracker) || !(tracker->abilities & PMC_CAN_SCAN_HOLES) || range->end - range->start < unit_size(tracker))
+		return 0;
+	return (unit_index(range, range->end) / 64 + 1) * sizeof(*range->bare);
+}
+
+void pmc_kernel_bare_all(struct pmc_range *range)
+{
+	uint64_t size = unit_size(range->tracker);
+	uint64_t from = align_up(range->start, size), to = align_down(range->end, size);
+	if (from < to)
+		(void)pmc_bits_fill(range->bare, unit_index(range, from), unit_index(range, to), true);
+}
+
+// Whether the unit at *start* is bare, and up to where, at most *end*, the next ones are as it is.
+static bool is_bare(const struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t *end)
+{
+	if (!range->bare || piece->kind != PMC_KIND_ANON || start >= *end)
+		return false;
+	uint64_t size = unit_size(range->tracker), first = unit_index(range, start), last = unit_index(range, *end - 1) + 1;
+	bool bare = bit_test(range->bare, first);
+	uint64_t other = pmc_bits_find(range->bare, first, last, !bare);
+	*end = min_u64(*end, align_down(range->start, size) + other * size);
+	return bare;
+}
+
+// Asks for one page that came to a bare unit. The zero page is none; where the kernel takes the huge one for another, it is looked at.
+static struct pm_scan_arg present_arg(uint64_t start, uint64_t end, struct page_region *vec)
+{
+	return (struct pm_scan_arg){
+		.flags = PM_SCAN_CHECK_WPASYNC,
+		.start = start,
+		.end = end,
+		.vec = (uint64_t)(uintptr_t)vec,
+		.vec_len = 1,
+		.category_inverted = PAGE_IS_PFNZERO,
+		.category_mask = PAGE_IS_WRITTEN | PAGE_IS_PFNZERO,
+		.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+		.return_mask = PAGE_IS_WRITTEN,
+	};
+}
+
+// Owes the pages of [start, end) that are not zero to all cursors, and those that cannot be read.
+static void owe_content(struct pmc_range *range, uint64_t start, uint64_t end)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	uint64_t size = page_size_of(tracker);
+	char *buffer = (char *)tracker->words;
+
+	while (start < end) {
+		struct iovec local = { buffer, min_u64(end - start, align_down(sizeof(tracker->words), size)) };
+		struct iovec remote = { (void *)(uintptr_t)start, local.iov_len };
+		ssize_t got = process_vm_readv(getpid(), &local, 1, &remote, 1, 0);
+		uint64_t pages = got > 0 ? (uint64_t)got >> tracker->page_shift : 0;
+		for (uint64_t i = 0; i < pages; i++)
+			if (!pmc_is_zero((const unsigned char *)buffer + i * size, tracker->page_shift))
+				pmc_owe_others(range, start + i * size, start + (i + 1) * size, NULL);
+		start += pages * size;
+		if (!pages) {
+			pmc_owe_others(range, start, start + size, NULL);
+			start += size;
+		}
+	}
+}
+
+// Pages that whoever asks has no wish to be told of.
+struct forgotten {
+	uint64_t start;
+	uint64_t end;
+};
+
+static int arm_unit(struct pmc_range *range, uint64_t address, struct forgotten forgotten)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	struct page_region *vec = tracker->regions;
+	uint64_t size = unit_size(tracker), pos = align_down(address, size), end = pos + size;
+	int error = 0;
+
+	bit_clear(range->bare, unit_index(range, address));
+	while (pos < end && !error) {
+		const struct piece *piece = pmc_piece_at(range, pos);
+		struct pm_scan_arg take = {
+			.flags = PM_SCAN_WP_MATCHING,
+			.start = pos,
+			.end = min_u64(end, piece->end),
+			.vec = (uint64_t)(uintptr_t)vec,
+			.vec_len = PMC_VECTOR,
+			.category_mask = PAGE_IS_WRITTEN,
+			.return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+		};
+		pos = take.end;
+		if (piece->kind == PMC_KIND_HUGETLB)
+			continue;
+		uint64_t count = scan(tracker, &take, &error);
+		for (uint64_t i = 0; i < count; i++) {
+			uint64_t from = vec[i].start, to = vec[i].end;
+			if (!(vec[i].categories & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED)))
+				continue;
+			if (from < forgotten.start)
+				owe_content(range, from, min_u64(to, forgotten.start));
+			if (to > forgotten.end)
+				owe_content(range, max_u64(from, forgotten.end), to);
+		}
+		memset(vec, 0, count * sizeof(*vec));
+		pos = take.walk_end;
+	}
+	return error;
+}
+
+static int scan_piece(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg, struct forgotten forgotten)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	bool twice = !(tracker->abilities & PMC_CAN_SCAN_HOLES);
@@ -189,33 +331,48 @@ int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct p
 	if (piece->kind == PMC_KIND_HUGETLB)
 		return pmc_words_scan(range, piece, arg);
 
-	uint64_t start = arg->start, end = arg->end, to;
+	bool engage = arg->flags & PM_SCAN_WP_MATCHING;
+	uint64_t start = arg->start, limit = arg->end, to;
+	bool bare = is_bare(range, piece, start, &limit);
 	// Two queries cannot share a limit; a range that is no longer than it needs none.
 	if (twice && arg->max_pages)
-		end = min_u64(end, start + (arg->max_pages << tracker->page_shift));
+		limit = min_u64(limit, start + (arg->max_pages << tracker->page_shift));
+	uint64_t end = limit;
 	for (unsigned looks = 0; looks < PMC_LOOKS; looks++) {
-		struct pm_scan_arg take = written_arg(start, end, arg->flags & PM_SCAN_WP_MATCHING,
-						      (struct page_region *)(uintptr_t)arg->vec,
-						      vec_len_for(tracker, start, end, arg->vec_len));
+		struct page_region *vec = (struct page_region *)(uintptr_t)arg->vec;
+		uint64_t len = vec_len_for(tracker, start, end, arg->vec_len);
+		struct pm_scan_arg take = bare ? present_arg(start, end, vec) : written_arg(start, end, engage, vec, len);
 		int error;
-		take.max_pages = arg->max_pages;
+		take.max_pages = bare ? 0 : arg->max_pages;
 		uint64_t count = twice ? scan_twice(tracker, &take, &error) : scan(tracker, &take, &error);
 		arg->walk_end = take.walk_end;
+		if (bare && count) {
+			// What was in it is owed now: the caller goes on there.
+			uint64_t address = vec->start;
+			arg->walk_end = max_u64(align_down(address, unit_size(tracker)), start);
+			*vec = (struct page_region){ 0 };
+			return arm_unit(range, address, forgotten);
+		}
 		// An error that took pages with it is reported when it comes again, with nothing in its way.
 		if (!error || count)
 			return (int)count;
 		if (error != -EPERM)
 			return error;
-		int found = pmc_kernel_next_untracked(range, start, arg->end, &end, &to);
+		int found = pmc_kernel_next_untracked(range, start, limit, &end, &to);
 		if (found < 0)
 			return found;
 		if (!found)
-			end = arg->end;
+			end = limit;
 		else if (end == start)
-			return arg->flags & PM_SCAN_WP_MATCHING ? -ENOENT : put_untracked(arg, start, to, tracker);
+			return engage ? -ENOENT : put_untracked(arg, start, to, tracker);
 		pmc_look_again(&tracker->vmas, looks);
 	}
 	return -EAGAIN;
+}
+
+int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg)
+{
+	return scan_piece(range, piece, arg, (struct forgotten){ 0 });
 }
 
 // Protects [start, end) without a vector.
@@ -254,15 +411,16 @@ static int take_and_forget(struct pmc_range *range, const struct piece *piece, u
 			   uint64_t *walk_end)
 {
 	struct pmc_tracker *tracker = range->tracker;
+	struct forgotten forgotten = { start, end };
 	for (*walk_end = start; *walk_end < end;) {
 		struct pm_scan_arg arg = {
 			.flags = PM_SCAN_WP_MATCHING,
 			.start = *walk_end,
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)tracker->regions,
-			.vec_len = PMC_REGIONS,
+			.vec_len = PMC_VECTOR,
 		};
-		int count = pmc_kernel_scan(range, piece, &arg);
+		int count = scan_piece(range, piece, &arg, forgotten);
 		*walk_end = arg.walk_end;
 		if (count < 0)
 			return count;
@@ -271,18 +429,42 @@ static int take_and_forget(struct pmc_range *range, const struct piece *piece, u
 	return 0;
 }
 
-int pmc_kernel_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
-		     uint64_t *walk_end)
+// Whether *range* begins or ends at *address* so that no huge page lies across: a huge page has one mapping, and one mapping has one
+// userfaultfd, so what lies beside the range is in another mapping, unless this tracker watches it too.
+static bool is_seam(const struct pmc_range *range, uint64_t address)
 {
-	if (piece->kind == PMC_KIND_HUGETLB)
-		return pmc_words_reset(range, piece, start, end, walk_end);
-	// What one page table of the lowest level maps, which is a huge page (PMD_SIZE).
-	uint64_t size = page_size_of(range->tracker), huge = size * (size / sizeof(uint64_t));
-	uint64_t inner = min_u64(align_up(start, huge), end), inner_end = max_u64(align_down(end, huge), inner);
+	if (address != range->start && address != range->end)
+		return false;
+	for (const struct pmc_range *other = range->tracker->ranges; other; other = other->next)
+		if (other != range && (address == other->start || address == other->end))
+			return false;
+	return true;
+}
+
+static int reset_armed(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
+		       uint64_t *walk_end)
+{
+	uint64_t huge = huge_size(range->tracker);
+	uint64_t inner = is_seam(range, start) ? start : min_u64(align_up(start, huge), end);
+	uint64_t inner_end = is_seam(range, end) ? end : max_u64(align_down(end, huge), inner);
 	int rc = take_and_forget(range, piece, start, inner, walk_end);
 	if (!rc && inner < inner_end)
 		rc = protect_only(range, inner, inner_end, walk_end);
 	if (!rc && inner_end < end)
 		rc = take_and_forget(range, piece, inner_end, end, walk_end);
+	return rc;
+}
+
+int pmc_kernel_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
+		     uint64_t *walk_end)
+{
+	int rc = 0;
+	if (piece->kind == PMC_KIND_HUGETLB)
+		return pmc_words_reset(range, piece, start, end, walk_end);
+	for (*walk_end = start; *walk_end < end && !rc;) {
+		uint64_t limit = end;
+		bool bare = is_bare(range, piece, *walk_end, &limit);
+		rc = (bare ? take_and_forget : reset_armed)(range, piece, *walk_end, limit, walk_end);
+	}
 	return rc;
 }

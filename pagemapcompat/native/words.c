@@ -375,7 +375,8 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		if (pass.held)
 			release_fault_thread(tracker, &signals);
 		pos = stop;
-		if (stop < end)
+		// Enough for one answer: what follows would touch more of the vector than the caller's result has room for in a page or two.
+		if (stop < end || pass.out.count >= PMC_REGIONS)
 			break;
 	}
 	arg->walk_end = pos;

@@ -360,11 +360,7 @@ def run_reserve(session: Session) -> None:
             session.measure(
                 name,
                 "reserve",
-                {
-                    "alone": lambda: timed(small.collect),
-                    LIBRARY: lambda: timed(large.collect),
-                    "C": lambda: session.base.scan(inside.whole, engage=True),
-                },
+                {"alone": lambda: timed(small.collect), LIBRARY: lambda: timed(large.collect)},
                 baseline="alone",
                 axes={"backend": backend, "bytes": used, "reserve": reserve, "pages": count},
                 prepare=prepare,

@@ -1,0 +1,142 @@
+"""Memory far larger than what is in it: it is tracked by units that stay bare until something comes to them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+from children import in_child
+from conftest import PAGE, PRIVATE, Flavour, claims, libc, need, pages_of, use_flavour
+
+from pagemapcompat import Cursor, DirtyTracker, Feature, Guarantee
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pagemapcompat import AddressRange
+
+pytestmark = pytest.mark.kernel
+
+UNIT = 16 * (PAGE // 8)  # pages; UNIT_TABLES in scan.c
+PLACES = [unit * UNIT + page for unit in range(4) for page in (0, 1, 5, UNIT // 2, UNIT - 1)]
+"""Pages at both ends of units and within them; the memory begins and ends inside of one."""
+BEGIN, PAGES = 700, 4 * UNIT - 900
+STEPS = ("write",) * 6 + ("read", "discard", "bar", "collect", "part", "limit", "peek", "reset", "reader", "unprotect")
+HUGEPAGE, NOHUGEPAGE = 14, 15
+
+
+def page_tables() -> int:
+    """Of this process, in bytes."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmPTE:"))
+
+
+def test_a_reserve_costs_what_is_there(monkeypatch: pytest.MonkeyPatch, area: Callable[..., AddressRange]) -> None:
+    """64 GiB of nothing take no page tables, neither when they are tracked nor when they are asked about."""
+    need(Feature.PAGEMAP_SCAN_HOLES)
+    flavour = use_flavour(Flavour("pagemap-scan", "pagemap-scan"), monkeypatch)
+    memory = area((64 << 30) // PAGE, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
+    before = page_tables()
+    with flavour.tracker() as tracker:
+        ram = tracker.track(memory)
+        assert pages_of(ram.collect()) == pages_of(ram.peek()) == set()
+        ram.reset()
+        libc.mprotect(memory.start + (40 << 30), PAGE, libc.PROT_READ | libc.PROT_WRITE)
+        libc.fill(memory.start + (40 << 30))
+        assert pages_of(ram.peek()) == pages_of(ram.collect()) == {(40 << 30) // PAGE}
+        assert page_tables() - before < 1 << 20
+
+
+class Reader:
+    """A cursor, and what it must be told and what it may be."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        self.cursor = cursor
+        self.must: set[int] = set()
+        self.may: set[int] = set()
+
+    def judge(self, told: set[int], pages: range, *, takes: bool) -> None:
+        """An answer about *pages*."""
+        asked = set(pages)
+        assert self.must & asked <= told, "a page was lost"
+        assert told <= (self.must | self.may) & asked, "a page was told that nobody wrote"
+        if takes:
+            self.forget(pages)
+
+    def forget(self, pages: range) -> None:
+        """They are watched anew."""
+        self.must.difference_update(pages)
+        self.may.difference_update(pages)
+
+
+def play(tracker: DirtyTracker, memory: AddressRange, dice: random.Random, *, discards: bool) -> None:
+    """A random program on some pages of some units, against a model."""
+    ram = tracker.track(memory)
+    readers = [Reader(ram)]
+    places = [place - BEGIN for place in PLACES if BEGIN <= place < BEGIN + PAGES]
+    held: set[int] = set()
+    for _ in range(150):
+        page = dice.choice(places)
+        at = memory.start + page * PAGE
+        reader = dice.choice(readers)
+        match dice.choice(STEPS):
+            case "write":
+                libc.fill(at, 1, dice.randrange(1, 256))
+                held.add(page)
+                for one in readers:
+                    one.must.add(page)
+            case "read":
+                ctypes.string_at(at, 1)
+            case "discard" if discards:
+                libc.madvise(at, PAGE, mmap.MADV_DONTNEED)
+                for one in readers:
+                    (one.must if page in held else one.may).add(page)
+                held.discard(page)
+            case "bar":
+                libc.mprotect(at, PAGE, libc.PROT_NONE)
+                libc.mprotect(at, PAGE, libc.PROT_READ | libc.PROT_WRITE)
+            case "collect":
+                reader.judge(pages_of(reader.cursor.collect()), range(PAGES), takes=True)
+            case "part":
+                part = range(page, PAGES)
+                reader.judge(pages_of(reader.cursor.collect(page * PAGE)), part, takes=True)
+            case "limit":
+                told, start = set(), 0
+                while start is not None:
+                    result = reader.cursor.collect(start, max_pages=2)
+                    assert result.pages <= 2
+                    told |= set(result.page_indices())
+                    start = result.resume_at
+                reader.judge(told, range(PAGES), takes=True)
+            case "peek":
+                reader.judge(pages_of(reader.cursor.peek()), range(PAGES), takes=False)
+            case "reset":
+                reader.cursor.reset(page * PAGE)
+                reader.forget(range(page, PAGES))
+            case "reader" if len(readers) < 3:
+                readers.append(Reader(ram.cursor()))
+            case "unprotect":
+                ram.unprotect(page * PAGE, (page + 1) * PAGE)
+                for one in readers:
+                    one.must.add(page)
+    for one in readers:
+        one.judge(pages_of(one.cursor.collect()), range(PAGES), takes=True)
+        assert pages_of(one.cursor.collect()) == set()
+
+
+@pytest.mark.parametrize("huge", [False, True], ids=["small", "huge"])
+def test_random_programs_over_units(flavour: Flavour, area: Callable[..., AddressRange], huge: bool) -> None:
+    """Whatever comes to a unit is told to every reader, and no page more, though a write may bring a huge page."""
+    room = area(4 * UNIT + UNIT, flags=PRIVATE | libc.MAP_NORESERVE)
+    start = -(-room.start // (UNIT * PAGE)) * UNIT * PAGE + BEGIN * PAGE
+    memory = type(room).from_length(start, PAGES * PAGE)
+
+    def check() -> None:
+        libc.madvise(room.start, room.length, HUGEPAGE if huge else NOHUGEPAGE)
+        with flavour.tracker() as tracker:
+            play(tracker, memory, random.Random(1), discards=claims(tracker, Guarantee.DISCARDS))
+
+    in_child(check)
