@@ -116,6 +116,8 @@ MAP_NORESERVE: int = lib.PMC_MAP_NORESERVE
 MAP_HUGETLB: int = lib.PMC_MAP_HUGETLB
 
 _gc = ffi.gc
+_from_buffer = ffi.from_buffer
+_BYTES = ffi.typeof("unsigned char[]")
 _new_result = ffi.new_allocator(should_clear_after_alloc=True)
 _release_result = lib.pmc_result_release
 _ONE_REFERENCE = 2  # and the argument itself
@@ -233,10 +235,16 @@ def unite(a: Result, b: Result) -> Result:
     return result
 
 
-def fill_bitmap(result: Result, base: int, page_shift: int, out: Buffer) -> None:
-    """Set the bit of each page, counted from *base*. *out* must be writable and long enough."""
-    with memoryview(out).cast("B") as view:
-        lib.pmc_fill_bitmap(result.regions, result.count, base, page_shift, ffi.from_buffer(view))
+def fill_bitmap(result: Result, base: int, page_shift: int, out: Buffer, needed: int) -> bool:
+    """Set the bit of each page, counted from *base*. False: *out* is read-only or shorter than *needed*."""
+    try:
+        bits = _from_buffer(_BYTES, out, require_writable=True)
+    except (BufferError, TypeError, ValueError):
+        return False
+    if len(bits) < needed:
+        return False
+    lib.pmc_fill_bitmap(result.regions, result.count, base, page_shift, bits)
+    return True
 
 
 def fill_addresses(regions: Buffer, shift: int, step: int, out: Buffer) -> None:
@@ -430,7 +438,9 @@ def cursor_close(handle: CursorHandle) -> int:
 
 
 scan: Callable[[Any, int, int, int, int, Result], int] = lib.pmc_scan
-"""Peek, or with ENGAGE collect, into *result*: of a cursor (what is in its handle), start, end, max_pages and flags.
+"""Peek, or with ENGAGE collect, into a result: of a cursor (what is in its handle), start, end, max_pages and flags.
+
+Returns the number of regions.
 
 These three are the C functions themselves: where memory is small, a call in between takes as long as the scan.
 """

@@ -95,6 +95,8 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
 
 _ENGAGE: Final = _kernel.ENGAGE
 _ENGAGE_AND_REARM: Final = _kernel.ENGAGE | _kernel.REARM
+_FEW: Final = 512
+"""Regions of an answer whose memory is kept to be used again."""
 
 
 class Backend:
@@ -289,9 +291,10 @@ class Backend:
             rc = _kernel.scan_all(on.cursor.c, 0, result)
         else:
             rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, 0, result)
-        if rc:
+        if rc < 0:
             self._fail(-rc, _kernel.operation(result), asked)
-        spare += (result,)
+        if rc < _FEW:
+            spare += (result,)
         return answer
 
     def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
@@ -311,7 +314,7 @@ class Backend:
                 rc = _kernel.scan_all(on.cursor.c, flags, result)
             else:
                 rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, flags, result)
-            if rc:
+            if rc < 0:
                 self._fail(-rc, _kernel.operation(result), asked, result)
         except PagemapCompatError as error:
             error.collected = answer
@@ -322,22 +325,23 @@ class Backend:
             raise
         # No call lies between this and the caller, so no interrupt does. One that comes earlier, or a second one in the
         # handler above, leaves the pages undelivered, and freeing the result gives them back.
-        spare += (result,)
+        if rc < _FEW:
+            spare += (result,)
         result.delivered = 1
         return answer
 
     def take(self, on: Attached, pages: _kernel.Result, *, rearm: bool) -> None:
         """ENGAGE_WP + GET of all of it, into *pages*, which the caller delivers or gives back, on errors too."""
         rc = _kernel.scan_all(on.cursor.c, _ENGAGE_AND_REARM if rearm else _ENGAGE, pages)
-        if rc or pages.walk_end < on.range.end:
-            self._fail(-rc or ENOMEM, _kernel.operation(pages), on.range, pages)
+        if rc < 0 or pages.walk_end < on.range.end:
+            self._fail(-rc if rc < 0 else ENOMEM, _kernel.operation(pages), on.range, pages)
 
     def written(self, on: Attached) -> _kernel.Result:
         """GET of all of it."""
         result = _kernel.new_result()
         rc = _kernel.scan_all(on.cursor.c, 0, result)
-        if rc or result.walk_end < on.range.end:
-            self._fail(-rc or ENOMEM, _kernel.operation(result), on.range)
+        if rc < 0 or result.walk_end < on.range.end:
+            self._fail(-rc if rc < 0 else ENOMEM, _kernel.operation(result), on.range)
         return result
 
     def capture(self, on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result) -> None:

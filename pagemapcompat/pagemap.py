@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from errno import EACCES, EFAULT, EINVAL, ENOENT, EOPNOTSUPP, EPERM, ESRCH
 from itertools import chain
 from struct import iter_unpack
-from typing import TYPE_CHECKING, Literal, Self, overload
+from typing import TYPE_CHECKING, Literal, NoReturn, Self, overload
 
 import attrs
 
@@ -22,7 +22,7 @@ from pagemapcompat.errors import (
     TargetGoneError,
     UnsupportedError,
 )
-from pagemapcompat.memory import PAGE_SHIFT, AddressRange, Memory, page_size, pin
+from pagemapcompat.memory import PAGE_SHIFT, AddressRange, Memory, pin
 from pagemapcompat.probe import probe
 from pagemapcompat.registrations import registered
 
@@ -161,7 +161,7 @@ class ScanResult(Sequence[PageRegion]):
         range: What was asked about.
     """
 
-    __slots__ = ("_base", "_length", "_result", "range")
+    __slots__ = ("_base", "_length", "_result", "_words", "range")
 
     def __init__(self, result: _kernel.Result, asked: AddressRange, base: int, length: int) -> None:
         self._result = result
@@ -251,25 +251,33 @@ class ScanResult(Sequence[PageRegion]):
         Raises:
             InvalidArgumentError: *out* is read-only, or has less than a bit for each page of the tracked memory.
         """
-        needed = (-(-self._length // page_size()) + 7) // 8
+        needed = (-(-self._length >> PAGE_SHIFT) + 7) // 8
+        if not _kernel.fill_bitmap(self._result, self._base, PAGE_SHIFT, out, needed):
+            self._refuse_bitmap(out, needed)
+        return self._result.pages
+
+    @staticmethod
+    def _refuse_bitmap(out: Buffer, needed: int) -> NoReturn:
         with memoryview(out) as view:
             if view.readonly or not view.c_contiguous:
                 raise InvalidArgumentError(f"{type(out).__name__} cannot be written as a bitmap").with_hint(
                     f"give a bytearray({needed})"
                 )
-            if view.nbytes < needed:
-                raise InvalidArgumentError(f"a bitmap of {view.nbytes} bytes is too short").with_hint(
-                    f"this memory needs {needed} bytes, one bit a page"
-                )
-            _kernel.fill_bitmap(self._result, self._base, PAGE_SHIFT, view)
-        return self.pages
+            raise InvalidArgumentError(f"a bitmap of {view.nbytes} bytes is too short").with_hint(
+                f"this memory needs {needed} bytes, one bit a page"
+            )
 
     def as_u64(self) -> memoryview:
         """start, end, categories of each region in turn: read-only, 1-D, format "Q", no copy.
 
         `np.asarray(result.as_u64()).reshape(-1, 3)` copies nothing either. The view keeps the array alive.
         """
-        return _kernel.words(self._result)
+        try:
+            return memoryview(self._words)
+        except AttributeError:
+            # The first time; from then on it costs no more than a view of a view, which is the caller's to release.
+            self._words: memoryview = _kernel.words(self._result)
+            return memoryview(self._words)
 
 
 def _restore(words: bytes, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:

@@ -143,6 +143,13 @@ bool pmc_is_zero(const unsigned char *bytes, uint32_t page_shift)
 	return !first && !memcmp(bytes, bytes + sizeof(first), (1ull << page_shift) - sizeof(first));
 }
 
+// The references of a node's slots lie in as many cache lines, each of which may be far away: all are fetched at once.
+static void fetch(const struct node *node)
+{
+	for (uint32_t i = 0; i < SLOTS; i++)
+		__builtin_prefetch(node->slots[i], 1); // of NULL or MISSING it is none, and no fault
+}
+
 static void *hold(void *slot)
 {
 	if (!is_whole(slot))
@@ -158,6 +165,7 @@ static void let_go(const struct pmc_image *image, void *slot, uint32_t level)
 		give(image, &image->pool->frames, slot);
 		return;
 	}
+	fetch(slot);
 	for (uint32_t i = 0; i < SLOTS; i++)
 		let_go(image, ((struct node *)slot)->slots[i], level - 1);
 	give(image, &image->pool->nodes, slot);
@@ -172,6 +180,8 @@ static struct node *own(const struct pmc_image *image, void **slot, uint32_t lev
 	struct node *node = take(image->pool, &image->pool->nodes, sizeof(*node));
 	if (!node)
 		return NULL;
+	if (old)
+		fetch(old);
 	for (uint32_t i = 0; i < SLOTS; i++)
 		node->slots[i] = old ? hold(old->slots[i]) : *slot;
 	let_go(image, old, level);

@@ -365,7 +365,8 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 	tracker->scans++;
 	if (flags & PMC_ENGAGE)
 		tracker->pages += result->pages;
-	return pmc_leave(tracker, rc, result);
+	rc = pmc_leave(tracker, rc, result);
+	return rc ? rc : (int)min_u64(result->count, INT32_MAX);
 }
 
 int pmc_scan_all(struct pmc_cursor *cursor, uint32_t flags, struct pmc_result *result)

@@ -156,9 +156,9 @@ int pmc_cursor_create(struct pmc_cursor **ret, struct pmc_range *range);
 int pmc_cursor_close(struct pmc_cursor *cursor);
 void pmc_cursor_destroy(struct pmc_cursor *cursor);
 
-// Puts the written pages of [start, end) into *result*, of which what it held is released; at most
-// max_pages (0: all). With PMC_ENGAGE protects exactly those. 0, also when memory for the result ran out (then walk_end < end). On an error what was taken is in *result*,
-// and walk_end says up to where.
+// Puts the written pages of [start, end) into *result*, whose memory is used again; what it held is released. At most max_pages (0: all).
+// With PMC_ENGAGE protects exactly those. Returns the number of regions, also when memory for more ran out (then walk_end < end). On an
+// error what was taken is in *result*, and walk_end says up to where.
 int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result);
 // The whole range, without a limit.

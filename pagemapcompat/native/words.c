@@ -22,13 +22,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
 
-// On shared memory one call over a chunk replaces its runs when there is more than one run per this many pages: a call
-// per run costs 0.8 us alone and 16 us beside a busy thread (a TLB flush each), a page of the range 18 ns.
-#define PAGES_PER_RUN 256
+// On shared memory one call over a chunk can replace those for its runs. A page of it takes so long; a call for a run takes 0.8 us alone
+// and 10 to 20 times that beside a busy thread, whose CPU has its TLB flushed each time. How long, is seen as they are made.
+#define WHOLE_NS_PER_PAGE 64
 
 static bool logs(const struct pmc_tracker *tracker)
 {
@@ -69,6 +70,8 @@ struct pass {
 	bool engage;
 	bool held; // fault_lock keeps unchanged pages protected meanwhile
 	uint64_t marked; // a page with any of these bits is unchanged
+	bool plain; // words tell all: there is no log, and no page is quiet
+	bool unmarkable; // there may be such among the written ones
 	struct output out;
 };
 
@@ -77,10 +80,12 @@ static uint64_t unit_of(const struct pass *pass)
 	return 1ull << pass->unit_shift;
 }
 
-// Soft-dirty says nothing of the page: in a new mapping it is set on every entry, empty ones too (seen on 5.10 and 6.1).
+// What is looked at. Soft-dirty says nothing of the page: in a new mapping it is set on every entry, empty ones too (seen on 5.10 and 6.1).
+#define TOLD (PM_WORD_PRESENT | PM_WORD_SWAPPED | PM_WORD_GUARD | PM_WORD_UFFD_WP)
+
 static bool is_empty(uint64_t word)
 {
-	return !(word & (PM_WORD_PRESENT | PM_WORD_SWAPPED | PM_WORD_GUARD | PM_WORD_UFFD_WP));
+	return !(word & TOLD);
 }
 
 static bool is_unmarkable(const struct pass *pass, uint64_t word)
@@ -121,10 +126,15 @@ static int gather(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *stop)
 			break;
 		enum state state = state_of(pass, words[i], first + i * pages);
 		uint64_t run = i++;
-		while (i < count && state_of(pass, words[i], first + i * pages) == state)
-			i++;
+		if (pass->plain)
+			while (i < count && !((words[i] ^ words[run]) & TOLD))
+				i++;
+		else
+			while (i < count && state_of(pass, words[i], first + i * pages) == state)
+				i++;
 		if (state == UNCHANGED)
 			continue;
+		pass->unmarkable |= !pass->plain || is_unmarkable(pass, words[run]);
 		uint64_t from = pos + run * unit, to = pos + i * unit;
 		while (from < to) {
 			uint64_t until = to;
@@ -249,6 +259,13 @@ static void remember(const struct pass *pass, uint64_t pos, uint64_t from, uint6
 	}
 }
 
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
 // Protects what gather() put out of [pos, stop), and remembers what could not be. -ENOENT: *stop is the untracked page.
 static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 {
@@ -260,9 +277,14 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 
 	while (index && out->vec[index - 1].end > pos)
 		index--;
-	uint64_t runs = out->count - index;
-	bool whole = logs(tracker) || (pass->held && runs * PAGES_PER_RUN > (*stop - pos) >> tracker->page_shift);
+	bool whole = logs(tracker);
+	bool may_be_whole = pass->held && !whole;
+	uint64_t began = may_be_whole ? now_ns() : 0, all = ((*stop - pos) >> tracker->page_shift) * WHOLE_NS_PER_PAGE;
 	for (uint64_t i = index; i < out->count && !rc; i++) {
+		if (may_be_whole && i > index && (now_ns() - began) / (i - index) * (out->count - i) > all) {
+			whole = true;
+			break;
+		}
 		uint64_t from = max_u64(out->vec[i].start, pos), to = out->vec[i].end;
 		if (needs_population(pass)) {
 			const uint64_t *words = tracker->words + ((from - pos) >> pass->unit_shift);
@@ -294,7 +316,7 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 	// Only a written page can have become unmarkable; one that was has to be looked at wherever it is.
 	if (range->quiet_used) {
 		remember(pass, pos, pos, *stop);
-	} else {
+	} else if (pass->unmarkable) {
 		for (uint64_t i = index; i < out->count; i++)
 			remember(pass, pos, max_u64(out->vec[i].start, pos), out->vec[i].end);
 	}
@@ -311,6 +333,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		.kind = piece->kind,
 		.engage = arg->flags & PM_SCAN_WP_MATCHING,
 		.marked = logs(tracker) ? 0 : PM_WORD_UFFD_WP,
+		.plain = !logs(tracker) && !range->quiet_used,
 		.out = {
 			.vec = (struct page_region *)(uintptr_t)arg->vec,
 			.capacity = arg->vec_len,
@@ -375,7 +398,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		if (pass.held)
 			release_fault_thread(tracker, &signals);
 		pos = stop;
-		// Enough for one answer: what follows would touch more of the vector than the caller's result has room for in a page or two.
+		// An answer is handed on in pieces of so many, so that little of the vector is touched.
 		if (stop < end || pass.out.count >= PMC_REGIONS)
 			break;
 	}

@@ -170,7 +170,7 @@ TARGETS = (
     *(
         Target(
             f"{what} of {pages} on {backend}",
-            f"{factor}x faster than memcpy of all",
+            f"{factor}x faster than a full copy",
             _named(f"{what}/{backend}"),
             _times(1 / factor),
             _times_faster,
