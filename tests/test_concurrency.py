@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import signal
@@ -563,12 +564,14 @@ class Interrupter:
             raise KeyboardInterrupt
 
     def __enter__(self) -> None:
+        gc.disable()  # the finalizers of other garbage are no part of the call, and swallow what is raised
         sys.settrace(self._trace)
         sys.setprofile(self._profile)
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
         sys.settrace(None)
+        gc.enable()
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
