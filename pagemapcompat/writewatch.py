@@ -25,14 +25,13 @@ from pagemapcompat import _kernel
 from pagemapcompat.abi import Feature, PageCategory
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError, KernelError, PagemapCompatError
 from pagemapcompat.memory import AddressRange, page_size
-from pagemapcompat.pagemap import Pagemap, ScanQuery
+from pagemapcompat.pagemap import Pagemap, ScanQuery, ScanResult
 from pagemapcompat.probe import probe
 from pagemapcompat.refusals import mappings
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from pagemapcompat.pagemap import ScanResult
     from pagemapcompat.tracker import TrackedRange
 
 WRITE_WATCH_GRANULARITY = 1 << 12
@@ -192,6 +191,7 @@ class WriteWatch:
         self._shift = self.base - whole.start
         self._unit = ram.granularity
         self._kept: set[int] = set()  # host addresses that were collected, and are still written
+        self._lost: tuple[ScanResult | WrittenAddresses, ...] = ()  # what was taken, and then reached nobody
         self._lock = threading.RLock()  # around whatever touches those, and what reads the mappings to change them
         self._empty_carry_marks = probe().supports(Feature.UFFD_WP_UNPOPULATED)
         self._pid = os.getpid()
@@ -236,8 +236,7 @@ class WriteWatch:
                 "give at least 1, or None for all"
             )
         self._check_open()
-        with self._lock:
-            return self._take(asked, count, reset=reset)
+        return self._take(asked, count) if reset else self._look(asked, count)
 
     def reset(self, base: int | None = None, size: int | None = None) -> None:
         """Forget what was written until now: everywhere, or in *size* bytes from *base* on.
@@ -247,53 +246,87 @@ class WriteWatch:
         """
         asked = self._asked(base, size)
         self._check_open()
+        if self._unit != WRITE_WATCH_GRANULARITY:
+            self._take(asked, None)
+            return
         with self._lock:
-            if self._unit == WRITE_WATCH_GRANULARITY:
-                self._forget(asked)
-            else:
-                self._take(asked, None, reset=True)
+            self._forget(asked)
 
     def _forget(self, asked: AddressRange) -> None:
+        self._recover()
         self._cursor.reset(*self._offsets(asked))
         self._kept.difference_update([piece for piece in self._kept if asked.start <= piece < asked.end])
 
-    def _take(self, asked: AddressRange, count: int | None, *, reset: bool) -> WrittenAddresses:
+    def _look(self, asked: AddressRange, count: int | None) -> WrittenAddresses:
+        with self._lock:
+            direct, start, stop, limit = self._plan(asked, count)
+            result = self._cursor.peek(start, stop, max_pages=limit)
+            if direct:
+                return self._all_of(result)
+            return self._choose(self._kept.union(_pieces(result.as_u64())), result, asked, count)[0]
+
+    def _take(self, asked: AddressRange, count: int | None) -> WrittenAddresses:
+        """What was written, watched anew.
+
+        Interrupts come when a call begins or has returned, that of the lock's end too. Whatever is taken is in *taken*
+        or in _kept then, until it is the caller's.
+        """
+        taken: ScanResult | WrittenAddresses | None = None
+        try:
+            with self._lock:
+                direct, start, stop, limit = self._plan(asked, count)
+                try:
+                    taken = result = self._cursor.collect(start, stop, max_pages=limit)
+                except PagemapCompatError as error:
+                    taken, error.collected = error.collected, None  # later answers have it
+                    raise
+                if direct:
+                    answer = self._all_of(result)
+                else:
+                    self._kept |= set(_pieces(result.as_u64()))
+                    taken = None
+                    answer, chosen = self._choose(self._kept, result, asked, count)
+                    self._kept -= chosen
+                    taken = answer
+        except BaseException:
+            if taken is not None:
+                self._lost += (taken,)
+            raise
+        return answer
+
+    def _recover(self) -> None:
+        """Keep what was lost. It counts as written again."""
+        while lost := self._lost:
+            for taken in lost:
+                self._kept.update(
+                    _pieces(taken.as_u64())
+                    if isinstance(taken, ScanResult)
+                    else (address - self._shift for address in taken)
+                )
+            # Other threads add to it without the lock, which an interrupt could keep them from getting.
+            if self._lost is lost:
+                self._lost = ()
+
+    def _plan(self, asked: AddressRange, count: int | None) -> tuple[bool, int, int, int | None]:
+        """Whether a scan finds just what is asked for; and its start, stop and limit."""
+        self._recover()
         direct = self._unit == WRITE_WATCH_GRANULARITY and not self._kept
         # Pieces of the first unit may lie before what is asked about.
         limit = count if direct or count is None else count + self._unit // WRITE_WATCH_GRANULARITY
-        result = self._scan(asked, limit, reset=reset)
-        try:
-            if direct:
-                return WrittenAddresses(result.as_u64(), result.pages, self._shift, complete=result.complete)
-            return self._pick(result, asked, count, reset=reset)
-        except BaseException:
-            if reset:
-                self._kept.update(_pieces(result.as_u64()))
-            raise
+        return direct, *self._offsets(asked), limit
 
-    def _scan(self, asked: AddressRange, limit: int | None, *, reset: bool) -> ScanResult:
-        start, stop = self._offsets(asked)
-        if not reset:
-            return self._cursor.peek(start, stop, max_pages=limit)
-        try:
-            return self._cursor.collect(start, stop, max_pages=limit)
-        except PagemapCompatError as error:
-            if error.collected is not None:
-                self._kept.update(_pieces(error.collected.as_u64()))
-                error.collected = None  # later answers have it
-            raise
+    def _all_of(self, result: ScanResult) -> WrittenAddresses:
+        return WrittenAddresses(result.as_u64(), result.pages, self._shift, complete=result.complete)
 
-    def _pick(self, result: ScanResult, asked: AddressRange, count: int | None, *, reset: bool) -> WrittenAddresses:
-        """Of what the scan and earlier ones found, what was asked for. With *reset* the rest stays written."""
-        written = self._kept.union(_pieces(result.as_u64()))
+    def _choose(
+        self, written: set[int], result: ScanResult, asked: AddressRange, count: int | None
+    ) -> tuple[WrittenAddresses, set[int]]:
+        """Of what a scan and earlier ones found, what is asked for; as host addresses, too."""
         end = min(asked.end, result.walk_end)
         inside = sorted(piece for piece in written if asked.start <= piece < end)
         chosen = inside[:count]
-        if reset:
-            self._kept |= written
-            self._kept.difference_update(chosen)
         complete = result.complete and len(chosen) == len(inside)
-        return WrittenAddresses(_runs(chosen), len(chosen), self._shift, complete=complete)
+        return WrittenAddresses(_runs(chosen), len(chosen), self._shift, complete=complete), set(chosen)
 
     # -- What an emulator declares ----------------------------------------------------------------------------
 
@@ -424,14 +457,21 @@ class WriteWatch:
             return _failed(Win32Error.ERROR_NOACCESS)
         if self._inside(base, size) is None:
             return _failed(Win32Error.ERROR_INVALID_PARAMETER)
-        written = self.get(base, size, count=count, reset=bool(flags & WRITE_WATCH_FLAG_RESET))
-        return WriteWatchAnswer(
-            status=0,
-            error=Win32Error.ERROR_SUCCESS,
-            addresses=written,
-            count=len(written),
-            granularity=WRITE_WATCH_GRANULARITY,
-        )
+        reset = bool(flags & WRITE_WATCH_FLAG_RESET)
+        written = self.get(base, size, count=count, reset=reset)
+        try:
+            return WriteWatchAnswer(
+                status=0,
+                error=Win32Error.ERROR_SUCCESS,
+                addresses=written,
+                count=len(written),
+                granularity=WRITE_WATCH_GRANULARITY,
+            )
+        except BaseException:
+            # An interrupt: what it would have returned is written still.
+            if reset:
+                self._lost += (written,)
+            raise
 
     def reset_write_watch(self, base: int, size: int) -> WriteWatchAnswer:
         """ResetWriteWatch, likewise.

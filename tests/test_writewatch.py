@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
 import random
+import signal
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -25,6 +29,7 @@ from conftest import (
     use_flavour,
     write,
 )
+from test_concurrency import Interrupted, Interrupter, raise_inside
 from test_kinds import HUGE, hugetlb_refused, pool  # noqa: F401 - a fixture
 
 from pagemapcompat import (
@@ -779,8 +784,10 @@ def test_untracked_memory_is_an_error_of_the_host(flavour: Flavour, area: Callab
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("unit", [1, 4])
-def test_an_interrupted_reset_loses_nothing(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch, unit: int) -> None:
-    """Between the scan and the answer."""
+def test_answers_that_cannot_be_made_lose_nothing(
+    tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch, unit: int
+) -> None:
+    """Time after time, also what earlier ones left behind."""
     memory = private(PAGES)
     watch = watched(tracker, memory)
     watch._unit *= unit
@@ -792,15 +799,153 @@ def test_an_interrupted_reset_loses_nothing(tracker: DirtyTracker, monkeypatch: 
     def interrupted(*_: object, **__: object) -> None:
         raise Interrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("pagemapcompat.writewatch.WrittenAddresses", interrupted)
-        with pytest.raises(Interrupt):
-            watch.get(reset=True)
-    later = of(*write(memory, 2, 40))
-    assert call(watch) == sorted({*written, *later})
+    for page in (2, 40, 41):
+        with monkeypatch.context() as patch:
+            patch.setattr("pagemapcompat.writewatch.WrittenAddresses", interrupted)
+            for count in (None, 1):
+                with pytest.raises(Interrupt):
+                    watch.get(count=count, reset=True)
+        written = sorted({*written, *of(*write(memory, page))})
+        assert call(watch) == written
     watch.reset(GUEST, 2 * PAGE)
-    assert call(watch, RESET) == sorted({*written, *later} - set(of(0, 1)))
+    assert call(watch, RESET) == sorted(set(written) - set(of(0, 1)))
     assert call(watch) == []
+
+
+def by_the_contract(watch: WriteWatch, count: int) -> WrittenAddresses:
+    """As a guest asks."""
+    return watch.get_write_watch(RESET, GUEST, watch.size, ARRAY, count, SIZE).addresses
+
+
+def in_pythons_manner(watch: WriteWatch, count: int) -> WrittenAddresses:
+    """As a program does."""
+    return watch.get(count=count, reset=True)
+
+
+ASKED = ((by_the_contract, WriteWatch.get_write_watch), (in_pythons_manner, WriteWatch.get))
+
+
+@pytest.mark.parametrize(("ask", "method"), ASKED, ids=["contract", "python"])
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("unit", [1, 4])
+def test_an_interrupt_anywhere_loses_nothing(
+    flavour: Flavour,
+    ask: Callable[[WriteWatch, int], WrittenAddresses],
+    method: Callable[..., object],
+    twice: bool,
+    unit: int,
+) -> None:
+    """At each point of a call, the release of the lock among them: the next one has its pages, and no other."""
+    memory = private(PAGES)
+
+    def check() -> None:
+        with flavour.tracker() as tracker:
+            watch = watched(tracker, memory)
+            watch._unit *= unit
+            for count in (2, 64):
+                lost, step, raised = [], 0, 1
+                while raised:
+                    step += 1
+                    due = of(*write(memory, 2, 5, 9))
+                    interrupter, got = Interrupter(method, step, twice), []
+                    with contextlib.suppress(KeyboardInterrupt), interrupter:
+                        answer = ask(watch, count)
+                        got = list(answer)
+                    raised = interrupter.raised
+                    if (rest := list(watch.get(reset=True))) != due[len(got) :]:
+                        lost.append((step, got, rest))
+                assert step > 10
+                assert lost == [], f"points 1 to {step - 1}"
+
+    in_child(check)
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_an_answer_on_its_way_is_nobody_elses(flavour: Flavour, unit: int) -> None:
+    """Between the release of the lock and the return another thread gets nothing of it, and loses nothing either."""
+    memory = private(PAGES)
+
+    def check() -> None:
+        with flavour.tracker() as tracker:
+            watch = watched(tracker, memory)
+            watch._unit *= unit
+            others: list[list[int]] = []
+
+            def other() -> None:
+                write(memory, 5)
+                others.append(list(watch.get(reset=True)))
+
+            def released(_frame: FrameType, event: str, function: object) -> None:
+                if event == "c_return" and getattr(function, "__self__", None) is watch._lock and not others:
+                    others.append([])
+                    crew = Crew()
+                    crew.add(other)
+                    crew.join()
+
+            due = of(*write(memory, 2, 9))
+            sys.setprofile(released)
+            try:
+                mine = watch.get(reset=True)
+            finally:
+                sys.setprofile(None)
+            assert (list(mine), others, call(watch)) == (due, [[], of(5)], [])
+
+    in_child(check)
+
+
+def test_signals_lose_nothing(flavour: Flavour) -> None:
+    """A storm of them, whose handler raises inside of get, beside writers and another caller: all counters are seen."""
+
+    def check() -> None:
+        sys.setswitchinterval(1e-5)
+        memory = private(PAGES)
+        last = [0] * PAGES
+        lock = threading.Lock()
+        with flavour.tracker() as tracker:
+            watch = watched(tracker, memory)
+            writers, others, stop = Crew(), Crew(), threading.Event()
+            signal.signal(signal.SIGUSR1, raise_inside(WriteWatch.get))
+            main = threading.get_ident()
+
+            def merge(addresses: WrittenAddresses) -> None:
+                with lock:
+                    for address in addresses:
+                        page = (address - GUEST) // PAGE
+                        last[page] = memory[page * PAGE]
+
+            def writer(first: int) -> None:
+                for number in range(1, 120):
+                    for page in range(first, PAGES, 2):
+                        memory[page * PAGE] = number
+
+            def caller() -> None:
+                while not stop.is_set():
+                    merge(watch.get(count=3, reset=True))
+
+            def fire() -> None:
+                while not stop.is_set():
+                    signal.pthread_kill(main, signal.SIGUSR1)
+
+            for first in range(2):
+                writers.add(writer, first)
+            for function in (caller, fire):
+                others.add(function)
+            interrupted = 0
+            while writers.working or interrupted < 20:
+                try:
+                    found = watch.get(reset=True)
+                except Interrupted:
+                    interrupted += 1
+                else:
+                    merge(found)
+            stop.set()
+            for crew in (writers, others):
+                crew.join()
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+            merge(watch.get(reset=True))
+            assert last == [119] * PAGES
+
+    in_child(check)
 
 
 @pytest.mark.kernel
