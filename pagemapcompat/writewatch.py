@@ -41,11 +41,13 @@ _FAILURE = 0xFFFF_FFFF
 _PROT_NONE = 0
 _POINTER_SIZES = (4, 8)
 _CHUNK = 1 << 20
+_READINGS = 100
 _HOLDING = PageCategory.PRESENT | PageCategory.SWAPPED
 _EMPTY = ScanQuery(all_of=_HOLDING, inverted=_HOLDING)
 _HINTS = {
     ("mprotect", EACCES): "the file is open for reading alone",
     ("mprotect", ENOMEM): "part of it is not mapped, or /proc/sys/vm/max_map_count is reached",
+    ("/proc/self/maps", ENOMEM): "part of it is not mapped, or mappings change all the time: let them rest",
     ("madvise", EINVAL): "locked memory cannot be discarded (munlock it), nor hugetlb memory before Linux 5.18",
 }
 
@@ -406,7 +408,7 @@ class WriteWatch:
         Raises:
             AlignmentError: It begins or ends inside a page of the memory (`TrackedRange.granularity`).
 
-            KernelError: mprotect or madvise failed; it may be inaccessible, and not empty.
+            KernelError: mprotect or madvise failed, or part was unmapped meanwhile; it may be barred, and not empty.
 
             NotTrackedError: Part of it is not registered (ENOENT), whatever the tracker does elsewhere.
 
@@ -418,7 +420,7 @@ class WriteWatch:
         self._check_open()
         with self._lock:
             _protect(memory, _PROT_NONE)
-            for mapping, permissions, _ in mappings(memory):
+            for mapping, permissions, _ in _all_mappings(memory):
                 _discard(_common(mapping, memory), shared=permissions.endswith("s"))
             # No kernel shows the others a discard of shared memory, nor the oldest one of any.
             self._ram.unprotect(*self._offsets(memory))
@@ -586,6 +588,23 @@ def _check(rc: int, operation: str, memory: AddressRange) -> None:
     if rc:
         hint = _HINTS.get((operation, -rc))
         raise KernelError.make(-rc, operation, os.strerror(-rc), range=memory, hint=hint)
+
+
+def _all_mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
+    """Those of memory that is mapped throughout.
+
+    Since 6.17 the text is made without the lock of the mappings. Beside mprotect(2) it may leave one out.
+    """
+    for _ in range(_READINGS):
+        found, end = mappings(memory), memory.start
+        for mapping, _, _ in found:
+            if mapping.start <= end:
+                end = max(end, mapping.end)
+        if end >= memory.end:
+            break
+    else:
+        _check(-ENOMEM, "/proc/self/maps", memory)
+    return found
 
 
 def _protect(memory: AddressRange, protection: int) -> None:

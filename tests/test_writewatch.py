@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -44,7 +45,9 @@ from pagemapcompat import (
     NotTrackedError,
     TrackedRange,
     probe,
+    writewatch,
 )
+from pagemapcompat.refusals import mappings
 from pagemapcompat.writewatch import (
     WRITE_WATCH_FLAG_RESET,
     WRITE_WATCH_GRANULARITY,
@@ -379,6 +382,55 @@ def test_other_readers_see_a_decommit(tracker: DirtyTracker, kind: str) -> None:
         watch.commit(ram.range.start + 8 * PAGE, 4 * PAGE)
         assert pages_of(ram.collect()) == {8, 9, 10, 11}
         assert call(watch) == []
+
+
+def test_what_the_mappings_leave_out_is_taken_back(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer kernels list them without their lock, and may miss one beside mprotect: there, each in turn."""
+    need_shared()
+    memory, between = private(12), 4 * PAGE
+    memory[:] = b"x" * len(memory)
+    ram = tracker.track(memory)
+    libc.mmap(between, WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, address=ram.range.start + between)
+    ram.rearm()
+    write(memory, *range(4, 8))
+    watch = WriteWatch(ram, base=GUEST)
+    write(memory, 1, 5, 9)
+    readings = 0
+
+    def without_one(asked: AddressRange) -> list[tuple[AddressRange, str, str]]:
+        nonlocal readings
+        found = mappings(asked)
+        assert len(found) == 3
+        left_out, readings = readings, readings + 1
+        return [one for number, one in enumerate(found) if number != left_out]
+
+    monkeypatch.setattr(writewatch, "mappings", without_one)
+    watch.decommit(GUEST, watch.size)
+    assert readings == 4
+    assert call(watch) == []
+    monkeypatch.undo()
+    watch.commit(GUEST, watch.size)
+    assert memory[:] == bytes(len(memory))
+    assert call(watch) == []
+
+
+def test_memory_that_is_unmapped_while_it_is_taken_back(
+    tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch, area: Callable[..., AddressRange]
+) -> None:
+    """An error that says so: what is left may hold anything."""
+    memory = area(8)
+    watch = WriteWatch(tracker.track(memory), base=GUEST)
+
+    def unmapped(asked: AddressRange) -> list[tuple[AddressRange, str, str]]:
+        libc.munmap(memory.start + 2 * PAGE, PAGE)
+        return mappings(asked)
+
+    monkeypatch.setattr(writewatch, "mappings", unmapped)
+    with pytest.raises(KernelError, match="/proc/self/maps") as caught:
+        watch.decommit(GUEST, 4 * PAGE)
+    assert (caught.value.errno, caught.value.range) == (errno.ENOMEM, AddressRange.from_length(memory.start, 4 * PAGE))
+    assert "not mapped" in str(caught.value.hint)
+    watch.decommit(GUEST + 4 * PAGE, 4 * PAGE)
 
 
 def permissions_at(address: int) -> str:
