@@ -195,7 +195,8 @@ class WriteWatch:
         self._kept: set[int] = set()  # host addresses that were collected, and are still written
         self._lost: tuple[ScanResult | WrittenAddresses, ...] = ()  # what was taken, and then reached nobody
         self._lock = threading.RLock()  # around whatever touches those, and what reads the mappings to change them
-        self._empty_carry_marks = probe().supports(Feature.UFFD_WP_UNPOPULATED)
+        # What UFFD_WP_UNPOPULATED protects is seen in the marks alone: without those uffd-wp does not ask for it.
+        self._empty_carry_marks = probe().supports(Feature.UFFD_WP_UNPOPULATED, Feature.PAGEMAP_UFFD_WP)
         self._pid = os.getpid()
         self._closed = False
         self._cursor = ram.cursor()
@@ -351,8 +352,9 @@ class WriteWatch:
     def commit(self, base: int, size: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> None:
         """Give memory a protection; content, and what was written, stay. What was never committed is zero and clean.
 
-        Where empty pages cannot carry a mark (`Feature.UFFD_WP_UNPOPULATED`) those that were unreadable get the zero
-        page, so that reading them is not taken for writing; other readers find them written, once.
+        Where empty pages cannot carry a mark (`Feature.UFFD_WP_UNPOPULATED`, `PAGEMAP_UFFD_WP`) those that were
+        unreadable get the zero page, so that reading them is not taken for writing. Other readers find them written,
+        once.
 
         Args:
             base: Rounded down to 4096 bytes, as *size* is rounded up.

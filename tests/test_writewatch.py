@@ -464,6 +464,23 @@ def test_reading_committed_memory_is_not_writing(tracker: DirtyTracker, reserved
         assert call(watch) == []
 
 
+@pytest.mark.parametrize("flavour", flavours("uffd-wp")[:1], indirect=True)
+def test_reading_committed_memory_is_not_writing_without_marks(
+    flavour: Flavour, monkeypatch: pytest.MonkeyPatch, reserved: AddressRange
+) -> None:
+    """Nor where the kernel would protect empty pages, and nobody could see it."""
+    disable(monkeypatch, *flavour.disabled, "pagemap-uffd-wp")
+    with flavour.tracker() as tracker:
+        watch = WriteWatch(tracker.track(reserved))
+        watch.commit(watch.base + 4 * PAGE, 16 * PAGE)
+        view = view_of(reserved)
+        assert [view[page * PAGE] for page in range(4, 20)] == [0] * 16
+        assert call(watch) == []
+        libc.fill(reserved.start + 7 * PAGE)
+        assert call(watch, RESET) == of(7, base=watch.base)
+        assert call(watch) == []
+
+
 @pytest.mark.kernel
 def test_committing_committed_memory_keeps_it(tracker: DirtyTracker) -> None:
     """Only the protection changes: neither content nor what was written, read-only or not."""
