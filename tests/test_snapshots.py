@@ -11,11 +11,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from children import Crew, in_child, memory_of, resources
 from conftest import PAGE, PRIVATE, Flavour, libc, need, need_shared, pages_of, part, private, write
+from filed import by_hand
 
 from pagemapcompat import (
     AddressRange,
@@ -425,6 +427,19 @@ def test_sizes(tracker: DirtyTracker, pages: int) -> None:
     assert memory[:] == bytes(pages * PAGE)
     ram.restore(full, verify=True)
     assert memory[:] == full.read()
+
+
+@pytest.mark.kernel
+def test_no_memory(tmp_path: Path) -> None:
+    """A file of no pages is a snapshot, which holds, misses and differs in nothing, and goes into a file again."""
+    (tmp_path / "file").write_bytes(by_hand([], length=0))
+    snapshot = Snapshot.load(tmp_path / "file")
+    assert len(snapshot) == snapshot.pages == 0
+    for result in (snapshot.held(), snapshot.missing(), snapshot.diff(Snapshot.load(tmp_path / "file"))):
+        assert (list(result), result.complete) == ([], True)
+    assert snapshot.read() == b""
+    snapshot.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
 
 
 def test_other_memory(tracker: DirtyTracker) -> None:

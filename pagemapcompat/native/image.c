@@ -225,7 +225,7 @@ int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint6
 	}
 	image->pages = pages;
 	image->page_shift = pmc_page_shift();
-	while (image->levels * SLOT_BITS < 64 && (pages - 1) >> (image->levels * SLOT_BITS))
+	while (image->levels * SLOT_BITS < 64 && pages > 1ull << (image->levels * SLOT_BITS))
 		image->levels++;
 	if (base) {
 		atomic_fetch_add(&base->pool->references, 1);
