@@ -74,10 +74,13 @@ class TrackedMemory:
 
     Attributes:
         guest: Its `ranges` are the tracked regions, by address.
+
+        watches: The write watches of tracked regions, which end with these.
     """
 
     def __init__(self, ql: Qiling, tracker: DirtyTracker) -> None:
         self.guest = TrackedGuest(ql.uc, tracker)
+        self.watches: dict[TrackedRange, WriteWatch] = {}
         self._mem = ql.mem
         self._restore, self._unmap = ql.mem.restore, ql.mem.unmap
         ql.mem.save, ql.mem.restore, ql.mem.unmap = self.save, self.restore, self.unmap
@@ -123,14 +126,11 @@ class TrackedMemory:
             raise
 
     def unmap(self, addr: int, size: int) -> None:
-        """As `ql.mem.unmap`. What is left of a tracked region goes on as ordinary memory."""
+        """As `ql.mem.unmap`. What is left of a tracked region goes on as ordinary memory, watched no more."""
         self._unmap(addr, size)
-        for start, ram in list(self.guest.ranges.items()):
-            if addr <= start and start + len(ram) <= addr + size:
-                self.guest.unmap(start)
-            elif start < addr + size and addr < start + len(ram):
-                del self.guest.ranges[start]
-                ram.close()
+        self.guest.unmapped(addr, addr + size)
+        for ram in self.watches.keys() - set(self.guest.ranges.values()):
+            self.watches.pop(ram).close()
 
     def region(self, addr: int) -> tuple[int, TrackedRange] | None:
         """The tracked region around *addr*, and where it begins; None where there is none."""
@@ -210,7 +210,6 @@ class WriteWatchApi:
     def __init__(self, ql: Qiling, memory: TrackedMemory) -> None:
         self._ql = ql
         self._memory = memory
-        self._watches: dict[TrackedRange, WriteWatch] = {}
         self._install()
 
     def watch(self, addr: int) -> WriteWatch:
@@ -225,7 +224,7 @@ class WriteWatchApi:
         if found is None:
             raise InvalidArgumentError(f"{addr:#x} is not tracked").with_hint("map or adopt it first")
         start, ram = found
-        watch = self._watches[ram] = WriteWatch(ram, base=start)
+        watch = self._memory.watches[ram] = WriteWatch(ram, base=start)
         return watch
 
     # -- The calls, with the arguments as the guest gave them --------------------------------------------------
@@ -252,14 +251,14 @@ class WriteWatchApi:
             self._ql.os.heap.free(addr)
         elif kind == MEM_RELEASE and (found := self._memory.region(addr)):
             start, ram = found
-            self._watches.pop(ram).close()
             self._ql.mem.unmap(start, len(ram))
         return 1
 
     def _get(self, flags: int, base: int, size: int, addresses: int, count_at: int, granularity: int) -> int:
         mem, pointer_size = self._ql.mem, self._ql.arch.pointersize
         # Where nothing is watched any other watch refuses it, after the checks that come first.
-        others = (self._watches[ram] for ram in self._memory.guest.ranges.values() if ram in self._watches)
+        watches = self._memory.watches
+        others = (watches[ram] for ram in self._memory.guest.ranges.values() if ram in watches)
         watch = self._at(base) or next(others, None)
         if watch is None:
             return self._answer(_NOTHING_WATCHED)
@@ -291,7 +290,7 @@ class WriteWatchApi:
 
     def _at(self, addr: int) -> WriteWatch | None:
         found = self._memory.region(addr)
-        return self._watches.get(found[1]) if found else None
+        return self._memory.watches.get(found[1]) if found else None
 
     def _is_mapped(self, addr: int, size: int) -> bool:
         """Whether the guest can write there. If not Windows answers as to NULL."""

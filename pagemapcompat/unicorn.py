@@ -102,8 +102,9 @@ class TrackedGuest:
         self._tracker = tracker
         self._virtual_tlb = virtual_tlb
         self._states: weakref.WeakSet[GuestState] = weakref.WeakSet()
-        # By its own address. Unicorn has bare pointers: the memory must outlive it, even if this object does not.
-        self._pins: dict[int, PinnedMemory] = {}
+        # Start, end and memory of all that Unicorn has, by the guest's addresses. It has bare pointers: the memory must
+        # outlive it, even if this object does not.
+        self._pins: list[tuple[int, int, PinnedMemory]] = []
         weakref.finalize(uc, self._pins.clear).atexit = False
 
     def __repr__(self) -> str:
@@ -154,7 +155,7 @@ class TrackedGuest:
             pinned.release()
             raise
         self.ranges[address] = ram
-        self._pins[ram.range.start] = pinned
+        self._pins.append((address, address + len(ram), pinned))
         return ram
 
     def unmap(self, address: SupportsIndex) -> None:
@@ -173,10 +174,25 @@ class TrackedGuest:
             # Pieces, where it was cut by uc.mem_protect or uc.mem_unmap.
             if first < end and address <= last:
                 self.uc.mem_unmap(max(first, address), min(last + 1, end) - max(first, address))
+        self.unmapped(address, end)
+
+    def unmapped(self, start: int, end: int) -> None:
+        """Note that *uc* has unmapped everything from *start* to *end*, which are multiples of the guest's page size.
+
+        Regions that lie there are tracked no more. What is left of one goes on as memory that does not belong to the
+        guest's states; when all of it is unmapped it is let go.
+        """
         self._flush_tlb()
-        del self.ranges[address]
-        ram.close()
-        self._pins.pop(ram.range.start).release()
+        for address, ram in list(self.ranges.items()):
+            if address < end and start < address + len(ram):
+                del self.ranges[address]
+                ram.close()
+        self._pins[:] = [
+            (lo, hi, pinned)
+            for first, last, pinned in self._pins
+            for lo, hi in ((first, min(last, start)), (max(first, end), last))
+            if lo < hi
+        ]
 
     def _range(self, address: int) -> TrackedRange:
         if (ram := self.ranges.get(address)) is None:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PAGE, lacking
+from conftest import PAGE, lacking, private
 
 from pagemapcompat import ClosedError, DirtyTracker, InvalidArgumentError, MissingPackageError
 from pagemapcompat.qiling import SavedMemory, TrackedMemory, WriteWatchApi
@@ -276,6 +276,27 @@ def test_unmap_a_part(make: Make, tracker: DirtyTracker) -> None:
         assert ql.mem.read(RAM + page * PAGE, 1) == (bytes([page]) if page else b"n")
 
 
+def test_memory_goes_with_the_last_part_of_it(make: Make, tracker: DirtyTracker) -> None:
+    """Not before: Unicorn has its address. What else is mapped in its place does not keep it."""
+    ql = make()
+    memory = TrackedMemory(ql, tracker)
+    mine = private(16)
+    memory._add(RAM, mine, 7, None)
+    for first, pages in ((4, 4), (0, 4), (12, 4)):
+        ql.mem.unmap(RAM + first * PAGE, pages * PAGE)
+        memory.map(RAM + first * PAGE, pages * PAGE)
+        ql.mem.write(RAM + 9 * PAGE, b"still there")
+        with pytest.raises(BufferError):
+            mine.close()
+    ql.mem.unmap(RAM + 2 * PAGE, 10 * PAGE)
+    assert sorted(memory.guest.ranges) == [RAM + 12 * PAGE]
+    mine.close()
+    ql.mem.write(RAM, b"the rest of a new one")
+    ql.mem.unmap(RAM, 2 * PAGE)
+    ql.mem.unmap(RAM + 12 * PAGE, 4 * PAGE)
+    assert memory.guest._pins == []
+
+
 def test_protections_stay(make: Make, tracker: DirtyTracker) -> None:
     """ql.mem.protect cuts a region into entries; each is saved and restored, and keeps its new protection."""
     ql = make()
@@ -456,6 +477,20 @@ def test_what_the_guest_allocates_and_frees(make: Make, tracker: DirtyTracker) -
     assert guest.call("ResetWriteWatch", base, 0x1000) == FAILURE
     assert guest.call("VirtualAlloc", base, 0x1000, kind, 4) == base
     assert guest.written(base, 0x1000) == []
+
+
+def test_a_watch_ends_with_its_region(make: Make, tracker: DirtyTracker) -> None:
+    """Also when the host unmaps it, all of it or a part: the guest is told that nothing is watched there."""
+    guest = Windows(make, tracker)
+    for size in (16 * PAGE, PAGE):
+        base = guest.call("VirtualAlloc", 0, 16 * PAGE, MEM_WRITE_WATCH | MEM_RESERVE | MEM_COMMIT, 4)
+        (watch,) = guest.memory.watches.values()
+        guest.ql.mem.unmap(base, size)
+        assert guest.memory.watches == {}
+        with pytest.raises(ClosedError):
+            watch.get()
+        assert guest.call("ResetWriteWatch", base + 2 * PAGE, PAGE) == FAILURE
+        assert guest.ql.os.last_error == INVALID_PARAMETER
 
 
 def test_watch_memory_of_the_host(make: Make, tracker: DirtyTracker) -> None:
