@@ -10,7 +10,7 @@ import attrs
 from pagemapcompat.errors import InvalidArgumentError, MissingPackageError
 from pagemapcompat.memory import page_size
 from pagemapcompat.unicorn import PROT_ALL, TrackedGuest
-from pagemapcompat.writewatch import Win32Error, WriteWatch, WriteWatchAnswer
+from pagemapcompat.writewatch import WRITE_WATCH_GRANULARITY, Win32Error, WriteWatch, WriteWatchAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pagemapcompat.tracker import DirtyTracker, TrackedRange
 
 MEM_WRITE_WATCH = 0x20_0000
+MEM_RESERVE = 0x2000
+MEM_DECOMMIT = 0x4000
 MEM_RELEASE = 0x8000
 _ERROR_INVALID_ADDRESS = 487
 _ALLOCATION_GRANULARITY = 0x1_0000
@@ -194,7 +196,8 @@ class WriteWatchApi:
 
     What the guest gets from VirtualAlloc with MEM_WRITE_WATCH is tracked and watched; so is what `watch` is called for.
     All of it is committed, and readable, writable and executable, as all memory from Qiling is; VirtualFree with
-    MEM_RELEASE unmaps it. Other memory comes from Qiling's heap, as ever.
+    MEM_DECOMMIT leaves it so, but zero, and clean for the guest; with MEM_RELEASE it unmaps it. Other memory comes from
+    Qiling's heap, as ever.
 
     For the guest, what `ql.restore` writes back is written.
 
@@ -230,6 +233,8 @@ class WriteWatchApi:
     # -- The calls, with the arguments as the guest gave them --------------------------------------------------
 
     def _allocate(self, addr: int, size: int, kind: int, _protection: int) -> int:
+        if kind & MEM_WRITE_WATCH and not kind & MEM_RESERVE:
+            return self._refuse(Win32Error.ERROR_INVALID_PARAMETER)
         if self._at(addr):
             return addr  # committed already
         if not kind & MEM_WRITE_WATCH:
@@ -240,19 +245,43 @@ class WriteWatchApi:
         else:
             where = addr - addr % _ALLOCATION_GRANULARITY
         if not (size and where and mem.is_available(where, size)):
-            self._ql.os.last_error = _ERROR_INVALID_ADDRESS if size else int(Win32Error.ERROR_INVALID_PARAMETER)
-            return 0
+            return self._refuse(_ERROR_INVALID_ADDRESS if size else Win32Error.ERROR_INVALID_PARAMETER)
         self._memory.map(where, size, info="[VirtualAlloc]")
         self.watch(where)
         return int(where)
 
-    def _free(self, addr: int, _size: int, kind: int) -> int:
-        if self._at(addr) is None:
+    def _free(self, addr: int, size: int, kind: int) -> int:
+        found = self._memory.region(addr)
+        if found is None or found[1] not in self._memory.watches:
             self._ql.os.heap.free(addr)
-        elif kind == MEM_RELEASE and (found := self._memory.region(addr)):
-            start, ram = found
+            return 1
+        start, ram = found
+        stop = start + len(ram)
+        first = addr - addr % WRITE_WATCH_GRANULARITY
+        if kind not in {MEM_DECOMMIT, MEM_RELEASE} or (kind == MEM_RELEASE and size) or addr + size > stop:
+            return self._refuse(Win32Error.ERROR_INVALID_PARAMETER)
+        if not size and first != start:
+            return self._refuse(_ERROR_INVALID_ADDRESS)
+        if kind == MEM_RELEASE:
             self._ql.mem.unmap(start, len(ram))
+        else:
+            last = self._ql.mem.align_up(addr + size, WRITE_WATCH_GRANULARITY) if size else stop
+            self._decommit(start, ram, first, last)
         return 1
+
+    def _decommit(self, start: int, ram: TrackedRange, first: int, last: int) -> None:
+        watch, size = self._memory.watches[ram], last - first
+        if (first - start) % ram.granularity or size % ram.granularity:
+            # In a larger page of the host, whose rest stays.
+            self._ql.mem.write(first, bytes(size))
+            watch.reset(first, size)
+            return
+        try:
+            watch.decommit(first, size)
+        finally:
+            # Unicorn does not know of it: where nobody has access the guest's would end this process.
+            watch.commit(first, size)
+            self._memory.guest.forget_code([(first, last)])
 
     def _get(self, flags: int, base: int, size: int, addresses: int, count_at: int, granularity: int) -> int:
         mem, pointer_size = self._ql.mem, self._ql.arch.pointersize
@@ -282,6 +311,10 @@ class WriteWatchApi:
     def _reset(self, base: int, size: int) -> int:
         watch = self._at(base)
         return self._answer(watch.reset_write_watch(base, size) if watch else _NOTHING_WATCHED)
+
+    def _refuse(self, error: int) -> int:
+        self._ql.os.last_error = int(error)
+        return 0
 
     def _answer(self, answer: WriteWatchAnswer) -> int:
         if answer.status:

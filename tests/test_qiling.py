@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import random
@@ -13,10 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PAGE, lacking, private
+from children import in_child
+from conftest import PAGE, Flavour, lacking, private
 
 from pagemapcompat import ClosedError, DirtyTracker, InvalidArgumentError, MissingPackageError
 from pagemapcompat.qiling import SavedMemory, TrackedMemory, WriteWatchApi
+from pagemapcompat.writewatch import WriteWatch
 
 RAM = 0x2000_0000
 STUBS = 0x7FFF_0000
@@ -334,7 +337,7 @@ def test_memory_in_the_way(make: Make, tracker: DirtyTracker) -> None:
 # -- Windows ---------------------------------------------------------------------------------------------------
 
 APIS = ("VirtualAlloc", "VirtualFree", "GetWriteWatch", "ResetWriteWatch")
-MEM_WRITE_WATCH, MEM_COMMIT, MEM_RESERVE, MEM_RELEASE = 0x20_0000, 0x1000, 0x2000, 0x8000
+MEM_WRITE_WATCH, MEM_COMMIT, MEM_RESERVE, MEM_DECOMMIT, MEM_RELEASE = 0x20_0000, 0x1000, 0x2000, 0x4000, 0x8000
 FAILURE, INVALID_PARAMETER, NOACCESS, INVALID_ADDRESS = 0xFFFF_FFFF, 87, 998, 487
 
 
@@ -368,6 +371,14 @@ class Windows:
             ql.mem.write_ptr(regs.rsp + 8 * number, argument)
         ql.emu_start(self.scratch, self.scratch + len(program))
         return int(regs.rax)
+
+    def run(self, address: int) -> int:
+        """Have the guest call a function of no arguments."""
+        self.ql.arch.regs.rsp = self.scratch + 0x8000
+        self.ql.arch.regs.rax = address
+        self.ql.mem.write(self.scratch + 0x300, b"\xff\xd0\x90")
+        self.ql.emu_start(self.scratch + 0x300, self.scratch + 0x303)
+        return int(self.ql.arch.regs.rax)
 
     def store(self, address: int) -> None:
         """Have the guest store a byte."""
@@ -468,6 +479,10 @@ def test_what_the_guest_allocates_and_frees(make: Make, tracker: DirtyTracker) -
     ):
         assert guest.call("VirtualAlloc", address, size, kind, 4) == 0
         assert guest.ql.os.last_error == error
+    for address in (0, base):  # nobody may watch what is not reserved by the same call
+        guest.ql.os.last_error = 0
+        assert guest.call("VirtualAlloc", address, 0x1000, MEM_WRITE_WATCH | MEM_COMMIT, 4) == 0
+        assert guest.ql.os.last_error == INVALID_PARAMETER
     other = guest.call("VirtualAlloc", 0, 0x1000, MEM_RESERVE | MEM_COMMIT, 4)
     assert guest.ql.os.heap.size(other) >= 0x1000
     assert guest.call("VirtualFree", other, 0, MEM_RELEASE) == 1
@@ -477,6 +492,108 @@ def test_what_the_guest_allocates_and_frees(make: Make, tracker: DirtyTracker) -
     assert guest.call("ResetWriteWatch", base, 0x1000) == FAILURE
     assert guest.call("VirtualAlloc", base, 0x1000, kind, 4) == base
     assert guest.written(base, 0x1000) == []
+
+
+def test_decommitted_memory_is_forgotten(make: Make, tracker: DirtyTracker) -> None:
+    """Its pages are zero and clean at once and when they are committed again; code in them runs no more."""
+    guest = Windows(make, tracker)
+    ql, page = guest.ql, max(PAGE, 0x1000)
+    base = guest.call("VirtualAlloc", 0, 16 * page, MEM_WRITE_WATCH | MEM_RESERVE | MEM_COMMIT, 4)
+    for number in (3, 5, 6, 7):
+        ql.mem.write(base + number * page, answering(number))
+    assert guest.run(base + 5 * page) == 5
+    # All pages of which it names a byte.
+    assert guest.call("VirtualFree", base + 6 * page - 1, 2, MEM_DECOMMIT) == 1
+    assert set(guest.written(base, 16 * page)) >= {3 * page, 7 * page}
+    assert not {5 * page, 6 * page} & set(guest.written(base, 16 * page))
+    assert ql.mem.read(base + 5 * page, 2 * page) == bytes(2 * page)
+    assert guest.call("VirtualAlloc", base + 5 * page, 2 * page, MEM_COMMIT, 4) == base + 5 * page
+    assert not {5 * page, 6 * page} & set(guest.written(base, 16 * page))
+    place = guest.memory.guest.ranges[base].range.start
+    ctypes.memmove(place + 5 * page, answering(9), 6)  # behind Unicorn's back, which notices what it writes itself
+    assert guest.run(base + 5 * page) == 9
+    guest.store(base + 6 * page)
+    assert 6 * page in guest.written(base, 16 * page)
+    # All of it.
+    assert guest.call("VirtualFree", base, 0, MEM_DECOMMIT) == 1
+    assert guest.written(base, 16 * page) == []
+    assert ql.mem.read(base, 16 * page) == bytes(16 * page)
+    assert list(guest.memory.guest.ranges) == [base]
+
+
+def test_other_states_know_of_a_decommit(make: Make, tracker: DirtyTracker) -> None:
+    """A state that was saved before has the content; one saved afterwards has none."""
+    guest = Windows(make, tracker)
+    base = guest.call("VirtualAlloc", 0, 16 * PAGE, MEM_WRITE_WATCH | MEM_RESERVE | MEM_COMMIT, 4)
+    guest.ql.mem.write(base + 2 * PAGE, b"content")
+    before = guest.ql.save()
+    assert guest.call("VirtualFree", base, 0, MEM_DECOMMIT) == 1
+    after = guest.ql.save()
+    for state, there in ((before, b"content"), (after, bytes(7)), (before, b"content")):
+        guest.ql.restore(state)
+        assert guest.ql.mem.read(base + 2 * PAGE, 7) == there
+
+
+def test_a_part_of_a_larger_page_is_decommitted(make: Make, tracker: DirtyTracker) -> None:
+    """In 4096 bytes of it; the rest keeps its content and what was written."""
+    guest = Windows(make, tracker)
+    base = guest.call("VirtualAlloc", 0, 16 * PAGE, MEM_WRITE_WATCH | MEM_RESERVE | MEM_COMMIT, 4)
+    ram = guest.memory.guest.ranges[base]
+    ram.granularity = guest.memory.watches[ram]._unit = 4 * PAGE
+    for number in range(8):
+        guest.ql.mem.write(base + number * PAGE, b"x")
+    assert guest.call("VirtualFree", base + 5 * PAGE, PAGE, MEM_DECOMMIT) == 1
+    assert [guest.ql.mem.read(base + number * PAGE, 1) for number in (4, 5, 6)] == [b"x", b"\0", b"x"]
+    written = guest.written(base, 8 * PAGE)
+    assert set(range(0, 8 * PAGE, PAGE)) - set(written) == {5 * PAGE}
+
+
+def test_an_interrupted_decommit_leaves_the_guest_its_memory(
+    make: Make, flavour: Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the host had taken it away, the guest's next access would end this process."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        with flavour.tracker() as tracker:
+            guest = Windows(make, tracker)
+            base = guest.call("VirtualAlloc", 0, 16 * PAGE, MEM_WRITE_WATCH | MEM_RESERVE | MEM_COMMIT, 4)
+            with monkeypatch.context() as patch:
+                patch.setattr(WriteWatch, "_forget", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    guest.api._free(base, 4 * PAGE, MEM_DECOMMIT)
+            guest.store(base + PAGE)
+            assert PAGE in guest.written(base, 16 * PAGE)
+
+    in_child(check)
+
+
+def test_frees_that_windows_refuses(make: Make, tracker: DirtyTracker) -> None:
+    """Content and what was written stay."""
+    guest = Windows(make, tracker)
+    size = 0x10000
+    base = guest.call("VirtualAlloc", 0, size, MEM_WRITE_WATCH | MEM_RESERVE | MEM_COMMIT, 4)
+    guest.store(base + 0x2000)
+    for address, length, kind, error in (
+        (base, 0x1000, MEM_RELEASE, INVALID_PARAMETER),
+        (base + 0x1000, 0x1000, MEM_RELEASE, INVALID_PARAMETER),
+        (base + 0x1000, 0, MEM_RELEASE, INVALID_ADDRESS),
+        (base + 0x1000, 0, MEM_DECOMMIT, INVALID_ADDRESS),
+        (base, size + 1, MEM_DECOMMIT, INVALID_PARAMETER),
+        (base + 0x2000, (1 << 64) - 1, MEM_DECOMMIT, INVALID_PARAMETER),
+        (base, 0, 0, INVALID_PARAMETER),
+        (base, size, MEM_DECOMMIT | MEM_RELEASE, INVALID_PARAMETER),
+    ):
+        guest.ql.os.last_error = 0
+        assert guest.call("VirtualFree", address, length, kind) == 0
+        assert guest.ql.os.last_error == error
+    assert guest.ql.mem.read(base + 0x2000, 1) == b"\1"
+    assert 0x2000 in guest.written(base, size)
+    assert guest.call("VirtualFree", base + 5, 0, MEM_RELEASE) == 1
+    assert not guest.ql.mem.is_mapped(base, size)
+    assert guest.memory.watches == {}
 
 
 def test_a_watch_ends_with_its_region(make: Make, tracker: DirtyTracker) -> None:
