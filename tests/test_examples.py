@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import Flavour, lacking, use_flavour
+from conftest import PAGE, Flavour, lacking, use_flavour
 
 EXAMPLES = Path(__file__).parent.parent / "scripts" / "examples"
 SECONDS = 300
@@ -113,6 +113,25 @@ def test_fuzzer_restores_every_machine(flavour: Flavour) -> None:
         assert re.search(rf"^{row} +\d+ executions/s ", printed, re.MULTILINE)
     assert " times copying; 9 pages written back\n" in printed
     assert "Every input had the outcome that it has on a fresh machine." in printed
+
+
+def test_fuzzer_compares_every_backend_with_copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, in one run: the rate of copying 64 MiB back, that of each backend for 256 pages, and their ratio."""
+    for name in ("pagemap-scan", "uffd-wp"):
+        use_flavour(Flavour(name, name), monkeypatch)
+    printed, pages = answer("fuzzer", "--seconds", "0"), (64 << 20) // PAGE
+    assert printed.startswith(f"A machine with 64 MiB. Each execution writes into 256 of its {pages} pages.")
+    copying = re.search(r"^all copied back +(\d+) executions/s   not tracked$", printed, re.MULTILINE)
+    rows = re.findall(
+        r"^(pagemap-scan|uffd-wp) +(\d+) executions/s   (\d+\.\d) times copying; 256 pages written back$",
+        printed,
+        re.MULTILINE,
+    )
+    assert [name for name, _, _ in rows] == ["pagemap-scan", "uffd-wp"]
+    for _, rate, times in rows:
+        assert int(rate)
+        assert float(times) == pytest.approx(int(rate) / int(copying[1]), rel=0.1, abs=0.06)
+    assert printed.endswith("\nEvery input had the outcome that it has on a fresh machine.\n")
 
 
 def test_fuzzer_notices_a_machine_that_is_not_fresh() -> None:
