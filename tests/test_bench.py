@@ -27,7 +27,7 @@ from benchmark.baseline import PER_RUN, WHOLE, Baseline, Ground, Taken, compiler
 from benchmark.measure import FULL, QUICK, Point, Samples, WrongAnswerError, sample, timed  # noqa: E402
 
 REMEDY = "pip install -e '.[bench]'"
-SECTIONS = {"grid", "growth", "faults", "results", "memory", "snapshots", "framebuffer", "reserve", "byhand"}
+SECTIONS = {"grid", "growth", "faults", "results", "memory", "snapshots", "cursors", "framebuffer", "reserve", "byhand"}
 
 
 def need_both() -> None:
@@ -108,7 +108,7 @@ def test_every_part_is_measured_or_left_out_for_a_reason(run: dict[str, Any]) ->
     assert all(run["skipped"].values())
     if works("pagemap-scan") and works("uffd-wp") and not run["skipped"]:
         assert {point["section"] for point in run["points"]} == SECTIONS
-        for section in ("grid", "growth", "memory", "snapshots", "byhand"):
+        for section in ("grid", "growth", "memory", "snapshots", "cursors", "byhand"):
             found = {point["axes"]["backend"] for point in run["points"] if point["section"] == section}
             assert found == {"pagemap-scan", "uffd-wp"}
         assert {point["axes"]["operation"] for point in run["points"] if point["section"] == "grid"} == {

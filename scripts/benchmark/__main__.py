@@ -25,6 +25,7 @@ PARTS = (
     parts.run_results,
     parts.run_memory,
     parts.run_snapshots,
+    parts.run_cursors,
     parts.run_framebuffer,
     parts.run_reserve,
     byhand.run,

@@ -1,4 +1,4 @@
-"""What has a target of its own: first writes, results, memory held, snapshots, a framebuffer, a reserve."""
+"""What has a target of its own: first writes, results, memory held, snapshots, readers, a framebuffer, a reserve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ from benchmark.byhand import numpy
 from benchmark.grid import GIB, LARGE, MIB, pages
 from benchmark.measure import LIBRARY, Contenders, Effort, Samples, WrongAnswerError, timed
 from benchmark.session import BACKENDS, Session, size_name
-from pagemapcompat import AddressRange, DirtyTracker, Feature, KernelError, ScanResult, Snapshot, TrackedRange, probe
+from pagemapcompat import (
+    AddressRange,
+    Cursor,
+    DirtyTracker,
+    Feature,
+    KernelError,
+    ScanResult,
+    Snapshot,
+    TrackedRange,
+    probe,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,6 +41,7 @@ PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 HERTZ, FRAMES = 60, 90
 FRAMEBUFFER, TWENTIETH = 8 * MIB, 0.05
 SNAPSHOT_PAGES = 256
+CURSORS = (8, 64)
 
 
 # -- The first write to a protected page -----------------------------------------------------------------------
@@ -292,6 +303,65 @@ def _snapshots(
             prepare=prepare,
             expected=SNAPSHOT_PAGES,
         )
+
+
+# -- Several readers -------------------------------------------------------------------------------------------
+
+
+def run_cursors(session: Session) -> None:
+    """A collect of the same pages by an only cursor, and by one of many, on little memory and on much."""
+    session.section(f"Cursors: a collect of {SNAPSHOT_PAGES} pages beside others that are quiet, or collect them too")
+    for backend in BACKENDS:
+        for length in (LARGE, GIB):
+            ending = f"{backend}/{size_name(length)}"
+            names = [f"cursors/{ending}/{count}/{others}" for count in CURSORS for others in ("quiet", "busy")]
+            if length not in session.sizes or not any(map(session.wants, names)):
+                continue
+            if not session.can_compare(names[0], backend):
+                continue
+            with session.memory(names[0], length) as one, session.memory(names[0], length) as shared:
+                if one is not None and shared is not None:
+                    with session.attempt(names[0]), DirtyTracker(backend) as tracker:
+                        _cursors(session, ending, tracker, one, shared)
+
+
+def _cursors(session: Session, ending: str, tracker: DirtyTracker, one: Ground, shared: Ground) -> None:
+    with ExitStack() as stack:
+        alone, first = (stack.enter_context(tracker.track(ground.used)) for ground in (one, shared))
+        written = [pages(ground, SNAPSHOT_PAGES, "random") for ground in (one, shared)]
+        cursors: list[Cursor] = [first]
+
+        def prepare() -> None:
+            for runs in written:
+                session.base.dirty(runs)
+
+        def all_of_them() -> Taken:
+            taken = [timed(cursor.collect) for cursor in cursors]
+            if {each.pages for each in taken} != {SNAPSHOT_PAGES}:
+                raise WrongAnswerError("not every cursor found every page")
+            return Taken(sum(each.ns for each in taken) / len(taken))
+
+        for count in CURSORS:
+            while len(cursors) < count:
+                cursors.append(stack.enter_context(first.cursor()))
+            for others, call in (("quiet", lambda: timed(first.collect)), ("busy", all_of_them)):
+                name = f"cursors/{ending}/{count}/{others}"
+                if session.wants(name):
+                    session.measure(
+                        name,
+                        "cursors",
+                        {"alone": lambda: timed(alone.collect), LIBRARY: call},
+                        baseline="alone",
+                        axes={
+                            "backend": tracker.selection.chosen,
+                            "bytes": one.used.length,
+                            "pages": SNAPSHOT_PAGES,
+                            "cursors": count,
+                            "others": others,
+                        },
+                        prepare=prepare,
+                        expected=SNAPSHOT_PAGES,
+                    )
 
 
 # -- A framebuffer, and a reserve ------------------------------------------------------------------------------

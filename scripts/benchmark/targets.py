@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from benchmark.grid import LARGE, OPERATIONS
-from benchmark.parts import HERTZ
+from benchmark.parts import CURSORS, HERTZ
 from benchmark.session import BACKENDS, amount, duration
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 US = 1e3
 HELD = 64 << 10
+QUIET = 25
 
 
 def _ratio(point: Point) -> str:
@@ -104,6 +105,13 @@ def _named(name: str) -> Callable[[Point], bool]:
     return lambda point: point.id == name
 
 
+def _beside_quiet_cursors(backend: str) -> Callable[[Point], bool]:
+    wanted = (backend, CURSORS[-1], "quiet")
+    return lambda point: (
+        point.section == "cursors" and tuple(point.axes[axis] for axis in ("backend", "cursors", "others")) == wanted
+    )
+
+
 SCAN, WP = BACKENDS
 TARGETS = (
     *(
@@ -181,6 +189,16 @@ TARGETS = (
             ("snapshot", WP, 15, "256 pages in 64 MiB"),
             ("restore", WP, 15, "256 pages in 64 MiB"),
         )
+    ),
+    *(
+        Target(
+            f"collect beside {CURSORS[-1] - 1} quiet cursors, {backend}",
+            f"that of one + {QUIET} ns a page and cursor",
+            _beside_quiet_cursors(backend),
+            lambda point: point.reference.median + QUIET * point.axes["pages"] * (point.axes["cursors"] - 1),
+            _difference,
+        )
+        for backend in BACKENDS
     ),
     Target(
         f"framebuffer of 8 MiB, 5 % at 60 Hz, {SCAN}",
