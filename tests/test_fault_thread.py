@@ -246,7 +246,7 @@ def fault_thread() -> int:
 
 
 def write_from(cpu: int, memory: AddressRange, ram: TrackedRange) -> None:
-    """Write to each page for the first time since it was protected, on one CPU: many more faults than between two looks."""
+    """Write to each page for the first time since it was protected, on one CPU: more faults than between two looks."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {cpu})
     for _ in range(4):
@@ -256,7 +256,9 @@ def write_from(cpu: int, memory: AddressRange, ram: TrackedRange) -> None:
     os.sched_setaffinity(0, before)
 
 
-def test_it_runs_where_its_writer_does(uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]) -> None:
+def test_it_runs_where_its_writer_does(
+    uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]
+) -> None:
     """A writer that goes to another CPU is followed."""
     memory = area(64)
 

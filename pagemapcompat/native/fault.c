@@ -96,10 +96,10 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *r
 // A writer whose fault thread is on its own CPU waits for two switches of context; else each has to wake the other's CPU, which takes
 // 10 to 20 times as long where that is a virtual one and idle. The scheduler leaves the thread wherever it was. So the thread
 // looks now and then where its writers are and ties itself to that CPU. It looks at the first fault, the second, the fourth and so on,
-// in the end at each 64th: a look takes longer than a fault. Several writers on several CPUs draw it to and fro no more often.
+// in the end at each 32nd: a look takes as long as a fault. Several writers on several CPUs draw it to and fro no more often.
 // It never leaves the CPUs it was given: those of the thread that made the tracker, or what somebody else says later.
 
-#define LOOK_EVERY 64 // faults, at most
+#define LOOK_EVERY 32 // faults, at most
 #define MOST_CPUS 8192
 
 struct follower {

@@ -284,11 +284,22 @@ struct fault_thread {
 	pthread_t thread;
 	int uffd;
 	int stop;
+	int cpu; // to which it is tied, or -1
 };
+
+static void tie_to(int cpu)
+{
+	cpu_set_t one;
+	CPU_ZERO(&one);
+	CPU_SET(cpu, &one);
+	(void)sched_setaffinity(0, sizeof(one), &one);
+}
 
 static void *resolve(void *arg)
 {
 	struct fault_thread *self = arg;
+	if (self->cpu >= 0)
+		tie_to(self->cpu);
 	for (;;) {
 		struct pollfd fds[] = { { .fd = self->uffd, .events = POLLIN }, { .fd = self->stop, .events = POLLIN } };
 		struct uffd_msg message;
@@ -303,13 +314,14 @@ static void *resolve(void *arg)
 	}
 }
 
-// The fault thread that everybody writes. NULL on failure.
-struct fault_thread *bench_fault_thread(int uffd)
+// The fault thread that everybody writes, on any CPU, or tied to one. NULL on failure.
+struct fault_thread *bench_fault_thread(int uffd, int cpu)
 {
 	struct fault_thread *self = calloc(1, sizeof(*self));
 	if (!self)
 		return NULL;
 	self->uffd = uffd;
+	self->cpu = cpu;
 	self->stop = eventfd(0, EFD_CLOEXEC);
 	if (self->stop < 0 || pthread_create(&self->thread, NULL, resolve, self)) {
 		free(self);
@@ -393,10 +405,7 @@ struct spinner {
 static void *spin(void *arg)
 {
 	struct spinner *self = arg;
-	cpu_set_t one;
-	CPU_ZERO(&one);
-	CPU_SET(self->cpu, &one);
-	(void)sched_setaffinity(0, sizeof(one), &one);
+	tie_to(self->cpu);
 	while (!atomic_load_explicit(&self->stop, memory_order_relaxed))
 		;
 	return NULL;

@@ -142,7 +142,7 @@ class Baseline:
             ("bench_bitmap", number, address, count, count, c_uint32, address, count, ns),
             ("bench_copy", number, address, address, count, ns),
             ("bench_compare", number, address, address, count, count, POINTER(count), ns),
-            ("bench_fault_thread", address, number),
+            ("bench_fault_thread", address, number, number),
             ("bench_fault_thread_end", None, address),
             ("bench_store", number, count, count, count, count, ns),
             ("bench_spinner", address, number),
@@ -264,9 +264,9 @@ class Baseline:
         check(self._lib.bench_store(memory.start, pages, PAGE, threads, self._ns), "pthread_create")
         return Taken(self._ns.value / pages)
 
-    def minimal_fault_thread(self, memory: AddressRange) -> MinimalFaultThread:
-        """The fault thread that everybody writes, on memory of its own."""
-        return MinimalFaultThread(self._lib, memory)
+    def minimal_fault_thread(self, memory: AddressRange, cpu: int = -1) -> MinimalFaultThread:
+        """The fault thread that everybody writes, on memory of its own; on any CPU, or tied to one."""
+        return MinimalFaultThread(self._lib, memory, cpu)
 
     def spinner(self, cpu: int) -> Spinner:
         """A thread that keeps a CPU busy."""
@@ -276,11 +276,11 @@ class Baseline:
 class MinimalFaultThread:
     """A synchronous userfaultfd with a thread that polls, reads a message and un-protects its page."""
 
-    def __init__(self, lib: ctypes.CDLL, memory: AddressRange) -> None:
+    def __init__(self, lib: ctypes.CDLL, memory: AddressRange, cpu: int) -> None:
         self._lib, self._memory = lib, memory
         self._uffd = check(lib.bench_uffd(UffdFeature.PAGEFAULT_FLAG_WP), "userfaultfd")
         check(lib.bench_register(self._uffd, memory.start, memory.length), "UFFDIO_REGISTER")
-        self._thread = lib.bench_fault_thread(self._uffd)
+        self._thread = lib.bench_fault_thread(self._uffd, cpu)
 
     def protect(self) -> None:
         """All of it anew."""

@@ -7,6 +7,7 @@ import collections
 import ctypes
 import gc
 import mmap
+import os
 import random
 import struct
 from contextlib import ExitStack, suppress
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from benchmark.baseline import PAGE, SHIFT, Ground, Taken, runs_of
 from benchmark.byhand import numpy
 from benchmark.grid import GIB, LARGE, MIB, pages
-from benchmark.measure import LIBRARY, Contenders, Effort, Samples, WrongAnswerError, timed
+from benchmark.measure import LIBRARY, Contenders, Effort, Samples, WrongAnswerError, on_one_cpu, timed
 from benchmark.session import BACKENDS, Session, size_name
 from pagemapcompat import (
     AddressRange,
@@ -59,21 +60,33 @@ def run_faults(session: Session) -> None:
             session.memory(name, length) as own,
             session.memory(name, length) as tracked,
             session.memory(name, length) as asynchronous,
+            session.memory(name, length) as tied,
             session.attempt(name),
         ):
-            if own is not None and tracked is not None and asynchronous is not None:
-                _faults(session, name, writers, own, tracked, asynchronous)
+            grounds = [ground for ground in (own, tracked, asynchronous, tied) if ground is not None]
+            if len(grounds) == 4:  # noqa: PLR2004 - all of them
+                _faults(session, name, writers, *grounds)
 
 
-def _faults(session: Session, name: str, writers: int, own: Ground, tracked: Ground, asynchronous: Ground) -> None:
+def _faults(
+    session: Session, name: str, writers: int, own: Ground, tracked: Ground, asynchronous: Ground, tied: Ground
+) -> None:
     base = session.base
     with ExitStack() as stack:
         minimal = base.minimal_fault_thread(own.used)
         stack.callback(minimal.close)
+        # What the kernel itself takes: nobody has to wake another CPU.
+        floor = base.minimal_fault_thread(tied.used, min(os.sched_getaffinity(0)))
+        stack.callback(floor.close)
+
+        def on_its_cpu() -> Taken:
+            with on_one_cpu():
+                return base.store(tied.used, writers)
+
         tracker = stack.enter_context(DirtyTracker("uffd-wp"))
         ram = stack.enter_context(tracker.track(tracked.used))
         others: Contenders = {}
-        resets: list[Callable[[], object]] = [minimal.protect, ram.reset]
+        resets: list[Callable[[], object]] = [minimal.protect, floor.protect, ram.reset]
         with suppress(KernelError):  # shown beside the others where it works
             native = stack.enter_context(DirtyTracker("pagemap-scan"))
             resets.append(stack.enter_context(native.track(asynchronous.used)).reset)
@@ -86,7 +99,12 @@ def _faults(session: Session, name: str, writers: int, own: Ground, tracked: Gro
         session.measure(
             name,
             "faults",
-            {"C": lambda: base.store(own.used, writers), LIBRARY: lambda: base.store(tracked.used, writers), **others},
+            {
+                "C": lambda: base.store(own.used, writers),
+                LIBRARY: lambda: base.store(tracked.used, writers),
+                "C-tied": on_its_cpu,
+                **others,
+            },
             baseline="C",
             axes={"operation": "first write", "backend": "uffd-wp", "writers": writers, "pages": own.units},
             prepare=prepare,
@@ -275,7 +293,8 @@ def _snapshots(
             taken.pop().drop()
         base.dirty(runs)
 
-    # What a snapshot is without the library: a copy of everything, in memory of its own; and beside it, into memory that is there.
+    # What a snapshot is without the library: a copy of everything, in memory of its own. And beside it, into memory
+    # that is there already.
     whole = memoryview((ctypes.c_char * LARGE).from_address(ground.used.start)).cast("B")
     full = {
         "copy": lambda: timed(lambda: bytes(whole)),
