@@ -168,9 +168,10 @@ static void follow(struct follower *follower, uint32_t thread)
 	bool ours = tied && mask[follower->cpu / LONG_BITS] == tied;
 	for (size_t i = 0; i < sizeof(mask) / sizeof(*mask) && ours; i++)
 		ours = !mask[i] || i == (size_t)follower->cpu / LONG_BITS;
-	if (!ours)
+	if (!ours) {
 		memcpy(follower->given, mask, sizeof(mask));
-	follower->cpu = -1;
+		follower->cpu = -1;
+	}
 	if (!(follower->given[cpu / LONG_BITS] >> cpu % LONG_BITS & 1))
 		return;
 	memset(mask, 0, sizeof(mask));
