@@ -10,6 +10,7 @@ import ctypes
 import gc
 import mmap
 import os
+import random
 import shutil
 import subprocess
 from collections import Counter
@@ -268,6 +269,9 @@ class Stage:
         self.owed: dict[Cursor, set[int]] = {}
         self.content = bytearray(PAGES)
         self.calls: Counter[str] = Counter()
+        self.closed_off: set[int] = set()
+        # A half of its own for each fault: the others show whether what was written before is lost.
+        self.afterwards = sorted(random.Random(str(fault)).sample(WRITABLE, len(WRITABLE) // 2))
         libc.mmap(PAGES * PAGE, flags=FLAGS[kind], address=PLACE)
         libc.munmap(PLACE + HOLE.start * PAGE, len(HOLE) * PAGE)
         libc.mprotect(PLACE + READ_ONLY.start * PAGE, len(READ_ONLY) * PAGE, libc.PROT_READ)
@@ -321,7 +325,7 @@ class Stage:
 
     @contextmanager
     def fault(self, reader: Cursor | None = None) -> Iterator[None]:
-        """Within it the call fails. What that leads to is judged here, and goes no further."""
+        """Within it the call fails. What that leads to is judged here, and goes no further; then writes go on."""
         self.shim.arm(self.plan)
         try:
             yield
@@ -335,6 +339,8 @@ class Stage:
                 self.take(reader, error.collected)
         self.struck = self.shim.disarm()
         self.calls = self.shim.calls(own=self.plan is not None and self.plan.own)
+        # Before anything protects again what the call may have left open.
+        self.write(*(page for page in self.afterwards if page not in self.closed_off))
 
     def judge(self, error: Exception) -> None:
         """An error of the library's tree, that names the call and its errno."""
@@ -371,7 +377,9 @@ class Stage:
         """Within it some pages can be neither read nor written."""
         for page in pages:
             libc.mprotect(PLACE + page * PAGE, PAGE, libc.PROT_NONE)
+        self.closed_off.update(pages)
         yield
+        self.closed_off.difference_update(pages)
         for page in pages:
             libc.mprotect(PLACE + page * PAGE, PAGE, libc.PROT_READ | libc.PROT_WRITE)
 
@@ -923,8 +931,8 @@ def test_a_wait_for_the_lock_ends_early(shim: str, monkeypatch: pytest.MonkeyPat
                 while crew.working:
                     stage.ram.collect()
                 crew.join()
+                stage.content[:] = bytes(page in WRITABLE for page in range(PAGES))
             struck += stage.struck
-            stage.content[:] = bytes(page in WRITABLE for page in range(PAGES))
             stage.finish()
             stage.end()
 

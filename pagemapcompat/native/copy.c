@@ -181,7 +181,7 @@ static int write_refused(struct copier *copier, uint32_t index)
 	const struct piece *piece = pmc_piece_at(copier->range, address);
 	uint64_t size = 1ull << piece->page_shift, unit = align_down(address, size);
 
-	int rc = pmc_owe_mapped(copier->range, unit, unit + size, NULL);
+	int rc = pmc_owe_mapped(copier->range, unit, unit + size);
 	pmc_vmas_refresh(&tracker->vmas);
 	if (!rc)
 		rc = pmc_protect(tracker, unit, unit + size, piece->page_shift, 0, &untracked);

@@ -7,7 +7,7 @@
 
 #include "internal.h"
 
-int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except)
+int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	struct vma vma;
@@ -18,10 +18,10 @@ int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end, const 
 		rc = pmc_find_vma(tracker, pos, &vma);
 		// Reported once too often is better than missed.
 		if (rc < 0)
-			pmc_owe_others(range, pos, end, except);
+			pmc_owe_others(range, pos, end, NULL);
 		if (rc <= 0 || vma.start >= end)
 			break;
-		pmc_owe_others(range, max_u64(vma.start, pos), min_u64(vma.end, end), except);
+		pmc_owe_others(range, max_u64(vma.start, pos), min_u64(vma.end, end), NULL);
 	}
 	return rc < 0 ? rc : 0;
 }

@@ -322,8 +322,8 @@ int pmc_enter_range(struct pmc_range *range);
 
 // -- cursor.c; all under the tracker's mutex --------------------------------------------------------------------
 
-// Owes what is mapped of [start, end) to every cursor of the range but *except*. 0, or -errno where nobody can tell: then all of it.
-int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
+// Owes what is mapped of [start, end) to every cursor of the range. 0, or -errno where nobody can tell: then all of it.
+int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end);
 // Drops a reference; the last one frees. Takes no lock.
 void pmc_cursor_put(struct pmc_cursor *cursor);
 

@@ -37,8 +37,9 @@ static bool is_alone(const struct pmc_cursor *cursor)
 	return cursor->range->cursors == cursor && !cursor->next;
 }
 
-// Registers and protects [start, end), and counts it as written for all cursors but *except*.
-static int rearm(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except)
+// Registers and protects [start, end), and counts it as written for all cursors: where nothing shows marks, nothing else tells what is
+// written to it if that fails half-way. Who resets has settled its own debt by the end.
+static int rearm(struct pmc_range *range, uint64_t start, uint64_t end)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	uint64_t walk_end;
@@ -46,7 +47,7 @@ static int rearm(struct pmc_range *range, uint64_t start, uint64_t end, const st
 	const char *operation = tracker->operation;
 	// What is mapped from here on is not registered, so nothing is protected that was not counted. A registration that fails may
 	// have been made in part.
-	int owed = pmc_owe_mapped(range, start, end, except);
+	int owed = pmc_owe_mapped(range, start, end);
 	if (rc)
 		tracker->operation = operation;
 	rc = rc ? rc : owed;
@@ -54,8 +55,7 @@ static int rearm(struct pmc_range *range, uint64_t start, uint64_t end, const st
 }
 
 // Rearms the first untracked stretch of [start, end), which is in *result* then. 1: there was one, 0: there was none, or -errno.
-static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except,
-		      struct pmc_result *result)
+static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	uint64_t from, to;
@@ -66,7 +66,7 @@ static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, con
 	result->untracked_start = from;
 	result->untracked_end = to;
 	for (unsigned looks = 1;; looks++) {
-		rc = rearm(range, from, to, except);
+		rc = rearm(range, from, to);
 		if ((rc != -EINVAL && rc != -ENOENT) || looks == PMC_LOOKS)
 			return rc ? rc : 1;
 		// Part of it was unmapped, or mapped anew, in between; of what is a hole now, nothing is left to do.
@@ -79,11 +79,11 @@ static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, con
 
 // The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
 // *looks*: how often that was so in this call.
-static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags,
-			const struct pmc_cursor *except, unsigned *looks, struct pmc_result *result)
+static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags, unsigned *looks,
+			struct pmc_result *result)
 {
 	struct vma vma;
-	int rc = flags & PMC_REARM ? rearm_next(range, pos, end, except, result) :
+	int rc = flags & PMC_REARM ? rearm_next(range, pos, end, result) :
 				     pmc_next_untracked(range, pos, end, &result->untracked_start, &result->untracked_end);
 	if (rc < 0)
 		return rc;
@@ -294,7 +294,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 		pos = walk_end;
 check:
 		if (rc == -ENOENT && engage)
-			rc = untracked_at(range, pos, end, flags, NULL, &looks, result);
+			rc = untracked_at(range, pos, end, flags, &looks, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -400,7 +400,7 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 		rc = reset_locked(cursor, pos, end, &pos);
 		if (rc != -ENOENT)
 			break;
-		rc = untracked_at(cursor->range, pos, end, flags, cursor, &looks, result);
+		rc = untracked_at(cursor->range, pos, end, flags, &looks, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -427,10 +427,10 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		pos = align_down(pos, unit);
 		pmc_vmas_refresh(&tracker->vmas);
 		rc = pmc_protect(tracker, pos, to, piece->page_shift, 0, &untracked);
-		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to, NULL);
+		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to);
 		pos = rc == -ENOENT ? untracked : to;
 		if (rc == -ENOENT && !owed) {
-			rc = untracked_at(range, pos, end, 0, NULL, &looks, result);
+			rc = untracked_at(range, pos, end, 0, &looks, result);
 			if (rc == -ENOENT)
 				tracker->operation = "UFFDIO_WRITEPROTECT";
 		}
@@ -446,7 +446,7 @@ int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_
 	if (rc)
 		return rc;
 	while (start < end) {
-		rc = rearm_next(range, start, end, NULL, result);
+		rc = rearm_next(range, start, end, result);
 		start = rc > 0 ? result->untracked_end : end;
 	}
 	result->walk_end = start;

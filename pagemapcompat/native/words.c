@@ -238,7 +238,8 @@ static bool is_readable(struct pmc_tracker *tracker, uint64_t address, struct vm
 
 // Notes for each page of [from, to), whose words begin at *pos*, whether it could carry a mark. A page that is empty though it was
 // populated is being discarded at this moment, and may be written, read and discarded again before the next call, which would
-// find it as it is now: it is not called quiet, and comes once more.
+// find it as it is now; or the kernel does not let it be populated. It is not called quiet, and comes once more. Where there is a log,
+// fault_lock is held.
 static void remember(const struct pass *pass, uint64_t pos, uint64_t from, uint64_t to)
 {
 	struct pmc_range *range = pass->range;
@@ -255,6 +256,8 @@ static void remember(const struct pass *pass, uint64_t pos, uint64_t from, uint6
 			bit_clear(range->quiet, page);
 		else if (words[i] & PM_WORD_GUARD || !is_readable(pass->tracker, pos + i * unit_of(pass), &vma))
 			bit_set(range->quiet, page);
+		else if (logs(pass->tracker))
+			bit_set(range->log, page); // once written it will look as if it had been populated
 		range->quiet_used |= quiet;
 	}
 }
@@ -290,6 +293,9 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 			const uint64_t *words = tracker->words + ((from - pos) >> pass->unit_shift);
 			for (uint64_t k = 0; k < (to - from) >> pass->unit_shift; k++)
 				if (is_empty(words[k])) {
+					// One that is not empty any more looks unchanged, and is not protected yet.
+					if (logs(tracker))
+						pmc_bits_fill(range->log, page_index(range, from), page_index(range, to), true);
 					populate(tracker, from, to);
 					rc = pmc_words_read(tracker->pagemap, from, (to - from) >> pass->unit_shift,
 							    pass->unit_shift, tracker->page_shift,
@@ -307,6 +313,9 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 		rc = pmc_protect(tracker, pos, *stop, pass->unit_shift, 1, &untracked);
 		last = rc == -ENOENT ? untracked : *stop;
 	}
+	// Without marks, what may be open stays in the log, and with it in the next answer instead of this one.
+	if (logs(tracker) && rc && rc != -ENOENT)
+		last = pos;
 	if (rc) {
 		*stop = last;
 		pmc_output_cut(out, last);
@@ -440,19 +449,22 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 			tracker->operation = "/proc/self/pagemap";
 			rc = pmc_words_read(tracker->pagemap, pos, (to - pos) >> piece->page_shift, piece->page_shift,
 					    tracker->page_shift, tracker->words);
-			if (rc)
-				break;
 		}
 		if (logs(tracker))
 			hold_fault_thread(tracker, &signals);
-		rc = pmc_protect(tracker, pos, to, piece->page_shift, 1, &untracked);
-		*walk_end = rc == -ENOENT ? untracked : rc ? pos : to;
+		if (!rc) {
+			rc = pmc_protect(tracker, pos, to, piece->page_shift, 1, &untracked);
+			*walk_end = rc == -ENOENT ? untracked : rc ? pos : to;
+		}
 		if (logs(tracker)) {
 			pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *walk_end), false);
-			release_fault_thread(tracker, &signals);
+			// What was populated looks unchanged, and may be open.
+			pmc_bits_fill(range->log, page_index(range, *walk_end), page_index(range, to), true);
 		}
 		if (look)
 			remember(&pass, pos, pos, *walk_end);
+		if (logs(tracker))
+			release_fault_thread(tracker, &signals);
 		if (rc)
 			break;
 	}
