@@ -10,6 +10,8 @@
 
 #include "internal.h"
 
+#define LINE_LIMIT (1 << 20) // directories may nest until a path is longer than PATH_MAX
+
 int pmc_maps_query(int maps)
 {
 	struct procmap_query query = { .size = sizeof(query), .query_flags = PROCMAP_QUERY_COVERING_OR_NEXT_VMA };
@@ -89,8 +91,10 @@ static int query_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 }
 
 // The next line, without its newline, or NULL at the end (*rc 0) or on an error. Lines longer than the buffer (paths) lose their tail.
+// -EBADMSG: one without end, as of a device that somebody put in the place of our file.
 static char *next_line(struct vmas *vmas, int *rc)
 {
+	size_t length = 0;
 	*rc = 0;
 	for (;;) {
 		char *line = vmas->text + vmas->used;
@@ -115,6 +119,11 @@ static char *next_line(struct vmas *vmas, int *rc)
 			return NULL;
 		}
 		vmas->have += (size_t)got;
+		length += (size_t)got;
+		if (length > LINE_LIMIT) {
+			*rc = -EBADMSG;
+			return NULL;
+		}
 	}
 }
 
@@ -241,6 +250,8 @@ int pmc_own_vma_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 		int rc = pmc_vmas_at(vmas, address, ret);
 		if (rc < 0 || (rc && ret->start <= address))
 			return rc;
+		if (!rc && !vmas->query && !vmas->floor)
+			return -EBADMSG; // without a mapping, no process would be here to ask
 		int mapped = is_mapped(vmas, address);
 		if (!mapped) {
 			// The hole begins here; where it ends is asked twice, where that is cheap.
