@@ -7,19 +7,18 @@ from collections.abc import Callable
 
 import pytest
 from children import in_child
-from conftest import PAGE, Flavour, libc, private
+from conftest import PAGE, Flavour, libc, pages_of, private, write
 
-from pagemapcompat import KernelError
-
-pytestmark = pytest.mark.kernel
+from pagemapcompat import DirtyTracker, FaultThreadError, KernelError, NotTrackedError, TargetGoneError
 
 
-def descriptors() -> dict[int, str]:
-    """Of this process, and what they are."""
-    found = {}
+def descriptors(kind: str) -> set[int]:
+    """Of this process, whose name ends so."""
+    found = set()
     for name in os.listdir("/proc/self/fd"):
         try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+            if os.readlink(f"/proc/self/fd/{name}").endswith(kind):
+                found.add(int(name))
         except FileNotFoundError:
             continue  # that of the listing itself
     return found
@@ -30,32 +29,84 @@ def close(fd: int) -> None:
     os.close(fd)
 
 
-def replace_by(path: str) -> Callable[[int], None]:
-    """Its number is that of another file, whose reads end at once or never."""
-
-    def replace(fd: int) -> None:
-        other = os.open(path, os.O_RDWR)
-        os.dup2(other, fd)
-        os.close(other)
-
-    return replace
+def replace_by(fd: int, other: int) -> None:
+    """Its number is that of another file."""
+    os.dup2(other, fd)
+    os.close(other)
 
 
-WAYS = {"close": close, "null": replace_by("/dev/null"), "zero": replace_by("/dev/zero")}
+WAYS: dict[str, Callable[[int], None]] = {
+    "closed": close,
+    "empty": lambda fd: replace_by(fd, os.open(os.devnull, os.O_RDWR)),
+    "zeros": lambda fd: replace_by(fd, os.open("/dev/zero", os.O_RDWR)),
+    "pipe": lambda fd: replace_by(fd, os.pipe()[0]),
+    "folder": lambda fd: replace_by(fd, os.open("/", os.O_RDONLY)),
+    "text": lambda fd: replace_by(fd, os.open("/proc/self/status", os.O_RDONLY)),
+}
+KINDS = ("[userfaultfd]", "/pagemap", "/maps")
 
 
-@pytest.mark.parametrize("way", ["null", "zero"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_descriptor_that_is_lost(flavour: Flavour, kind: str, way: str) -> None:
+    """What needs it fails and says so; nothing hangs, calls written pages clean or memory gone; a new tracker works."""
+    memory, spare = private(16), private(4)
+
+    def check() -> None:
+        write(memory, *range(16))
+        before = descriptors(kind)
+        tracker = flavour.tracker()
+        ram = tracker.track(memory)
+        lost = descriptors(kind) - before
+        assert lost
+        for fd in lost:
+            WAYS[way](fd)
+        write(memory, 3)
+        errors = []
+        another_range = lambda: DirtyTracker.track(tracker, spare)  # noqa: E731 - beside methods
+        for call in (
+            ram.peek,
+            ram.collect,
+            ram.rearm,
+            ram.reset,
+            ram.unprotect,
+            ram.snapshot,
+            another_range,
+            ram.close,
+        ):
+            written = write(memory, 3, 5)
+            try:
+                result = call()
+            except (KernelError, FaultThreadError) as error:
+                errors.append(error)
+            else:
+                assert call not in {ram.peek, ram.collect} or pages_of(result) >= written
+        tracker.close()
+        assert errors
+        for error in errors:
+            assert not isinstance(error, NotTrackedError | TargetGoneError)
+            assert error.hint
+            assert "closed or replaced" in error.hint
+        with flavour.tracker() as another:
+            again = another.track(memory)
+            assert pages_of(again.collect()) == set()
+            written = write(memory, 7)
+            assert pages_of(again.collect()) == written
+
+    in_child(check, seconds=20)
+
+
+@pytest.mark.parametrize("way", ["empty", "zeros"])
 def test_maps_without_an_end_or_a_line(flavour: Flavour, way: str) -> None:
     """Neither is waited for, nor taken for a process without memory: the error names the file."""
     memory = private(16)
 
     def check() -> None:
-        before = descriptors()
+        before = descriptors("/maps")
         tracker = flavour.tracker()
         ram = tracker.track(memory)
-        for fd in set(descriptors()) - set(before):
-            if descriptors()[fd].endswith("/maps"):
-                WAYS[way](fd)
+        for fd in descriptors("/maps") - before:
+            WAYS[way](fd)
         libc.mmap(PAGE, address=ram.range.start + 3 * PAGE)
         with pytest.raises(KernelError) as caught:
             ram.rearm()

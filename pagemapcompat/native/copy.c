@@ -135,8 +135,7 @@ static int must_stay_empty(struct copier *copier, uint64_t address)
 	int rc = pmc_find_vma(tracker, address, &vma);
 	if (rc <= 0 || vma.start > address || vma.kind != PMC_KIND_ANON)
 		return rc < 0 ? rc : 0;
-	tracker->operation = "/proc/self/pagemap";
-	rc = pmc_words_read(tracker->pagemap, address, 1, copier->page_shift, copier->page_shift, &word);
+	rc = pmc_own_words_read(tracker, address, 1, copier->page_shift, &word);
 	return rc ? rc : !(word & (PM_WORD_PRESENT | PM_WORD_SWAPPED | PM_WORD_GUARD));
 }
 
@@ -161,8 +160,7 @@ static int read_refused(struct copier *copier, uint32_t index)
 	copier->content[index] = PMC_MISSING;
 	if (!rc || vma.start > address)
 		return 0;
-	tracker->operation = "/proc/self/pagemap";
-	rc = pmc_words_read(tracker->pagemap, address, 1, copier->page_shift, copier->page_shift, &word);
+	rc = pmc_own_words_read(tracker, address, 1, copier->page_shift, &word);
 	if (rc || word & PM_WORD_GUARD)
 		return rc;
 	if (word & PM_WORD_SWAPPED && !(word & PM_WORD_PRESENT) && !shows_guards(tracker))
@@ -281,8 +279,7 @@ static int look(struct copier *copier, uint64_t start, uint64_t count)
 		// Of files and shared memory a word tells what this process has mapped, not what there is.
 		if (vma.kind != PMC_KIND_ANON)
 			continue;
-		tracker->operation = "/proc/self/pagemap";
-		rc = pmc_words_read(tracker->pagemap, pos, pages, shift, shift, tracker->words);
+		rc = pmc_own_words_read(tracker, pos, pages, shift, tracker->words);
 		if (rc)
 			return rc;
 		for (uint64_t i = 0; i < pages; i++) {

@@ -281,6 +281,8 @@ int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t e
 // Reads *count* pagemap words, one per 1 << unit_shift bytes. 0 or -errno; -ESRCH where the process is gone.
 int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_shift, uint32_t page_shift,
 		   uint64_t *words);
+// Likewise of this process; a failure is the call's. -EBADF: the tracker's descriptor is another file's.
+int pmc_own_words_read(struct pmc_tracker *tracker, uint64_t start, uint64_t count, uint32_t unit_shift, uint64_t *words);
 
 // Its vector is tracker->regions.
 int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);

@@ -77,6 +77,18 @@ static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, str
 	}
 }
 
+// What it means that memory is not registered: -ENOENT, or that the userfaultfd is somebody else's file, and the kernel let go of
+// everything with ours.
+static int not_registered(struct pmc_tracker *tracker)
+{
+	uint64_t page = (uint64_t)(uintptr_t)tracker->unreadable;
+	int rc = pmc_uffd_wake(tracker->uffd, page, page + page_size_of(tracker));
+	if (rc != -EBADF && rc != -ENOTTY)
+		return -ENOENT;
+	tracker->operation = "UFFDIO_WAKE";
+	return rc;
+}
+
 // The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
 // *looks*: how often that was so in this call.
 static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags, unsigned *looks,
@@ -88,7 +100,7 @@ static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uin
 	if (rc < 0)
 		return rc;
 	if (rc)
-		return flags & PMC_REARM ? 0 : -ENOENT;
+		return flags & PMC_REARM ? 0 : not_registered(range->tracker);
 	// It went, or was registered, in between: the engine looks again.
 	if (++*looks < PMC_LOOKS) {
 		pmc_look_again(&range->tracker->vmas, *looks);

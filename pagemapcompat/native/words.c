@@ -61,6 +61,23 @@ int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_sh
 	return 0;
 }
 
+int pmc_own_words_read(struct pmc_tracker *tracker, uint64_t start, uint64_t count, uint32_t unit_shift, uint64_t *words)
+{
+	uint64_t at = (uint64_t)(uintptr_t)tracker, word, i = 0;
+	tracker->operation = "/proc/self/pagemap";
+	int rc = pmc_words_read(tracker->pagemap, start, count, unit_shift, tracker->page_shift, words);
+	while (!rc && i < count && !words[i])
+		i++;
+	if (!rc && i < count)
+		return 0;
+	// All of it is empty, or the file is one of zeros, by which the tracker itself would not be in memory.
+	if (!rc)
+		rc = pmc_words_read(tracker->pagemap, at, 1, tracker->page_shift, tracker->page_shift, &word);
+	if (!rc && !(word & (PM_WORD_PRESENT | PM_WORD_SWAPPED)))
+		return -EBADF;
+	return rc == -ESRCH ? -EBADF : rc; // while this runs, the process is not gone
+}
+
 // One pass over one piece.
 struct pass {
 	struct pmc_range *range;
@@ -297,10 +314,8 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 					if (logs(tracker))
 						pmc_bits_fill(range->log, page_index(range, from), page_index(range, to), true);
 					populate(tracker, from, to);
-					rc = pmc_words_read(tracker->pagemap, from, (to - from) >> pass->unit_shift,
-							    pass->unit_shift, tracker->page_shift,
-							    tracker->words + ((from - pos) >> pass->unit_shift));
-					tracker->operation = "/proc/self/pagemap";
+					rc = pmc_own_words_read(tracker, from, (to - from) >> pass->unit_shift, pass->unit_shift,
+								tracker->words + ((from - pos) >> pass->unit_shift));
 					break;
 				}
 		}
@@ -392,9 +407,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		uint64_t stop = pos;
 		if (pass.held)
 			hold_fault_thread(tracker, &signals);
-		tracker->operation = "/proc/self/pagemap";
-		rc = pmc_words_read(tracker->pagemap, pos, (end - pos) >> piece->page_shift, piece->page_shift,
-				    tracker->page_shift, tracker->words);
+		rc = pmc_own_words_read(tracker, pos, (end - pos) >> piece->page_shift, piece->page_shift, tracker->words);
 		if (!rc)
 			rc = gather(&pass, pos, end, &stop);
 		if (rc) {
@@ -445,11 +458,8 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 		}
 		// Read first: a page that was empty then and is protected now has been written meanwhile, and is found by its mark or by
 		// being empty no more. The other way round a page written in between would be neither protected nor noticed.
-		if (look) {
-			tracker->operation = "/proc/self/pagemap";
-			rc = pmc_words_read(tracker->pagemap, pos, (to - pos) >> piece->page_shift, piece->page_shift,
-					    tracker->page_shift, tracker->words);
-		}
+		if (look)
+			rc = pmc_own_words_read(tracker, pos, (to - pos) >> piece->page_shift, piece->page_shift, tracker->words);
 		if (logs(tracker))
 			hold_fault_thread(tracker, &signals);
 		if (!rc) {
