@@ -478,6 +478,7 @@ def collecting_in_steps(stage: Stage) -> None:
         while resume_at is not None and at < resume_at:  # without memory for an answer there is none
             at = resume_at
             result = stage.ram.collect(at, max_pages=2)
+            assert result.pages <= 2
             stage.take(stage.ram, result)
             resume_at = result.resume_at
 
