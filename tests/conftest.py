@@ -1,19 +1,30 @@
-"""What the tests share: flavours of the backends, memory, child processes, and skips that say what to do."""
+"""What the tests share: flavours of the backends, memory, children, and skips that say what to do.
+
+Also what they borrow of the machine, as root: huge pages, swap, ksmd.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import itertools
 import mmap
 import os
+import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
+from array import array
 from collections.abc import Callable, Iterator
 from errno import errorcode
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import attrs
+import figures
 import pytest
 
 from pagemapcompat import (
@@ -204,9 +215,6 @@ class Libc:
     GUARD_INSTALL, GUARD_REMOVE = 102, 103
 
     def __init__(self) -> None:
-        import ctypes
-
-        self._ctypes = ctypes
         self._lib = ctypes.CDLL(None, use_errno=True)
         size, pointer, number = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
         for name, result, arguments in (
@@ -216,19 +224,21 @@ class Libc:
             ("madvise", number, (pointer, size, number)),
             ("mremap", pointer, (pointer, size, size, number, pointer)),
             ("memset", pointer, (pointer, number, size)),
+            ("swapon", number, (ctypes.c_char_p, number)),
+            ("swapoff", number, (ctypes.c_char_p,)),
         ):
             function = getattr(self._lib, name)
             function.restype, function.argtypes = result, arguments
 
     def _check(self, bad: bool, name: str) -> None:
         if bad:
-            number = self._ctypes.get_errno()
+            number = ctypes.get_errno()
             raise OSError(number, f"{name}: {os.strerror(number)}")
 
     def mmap(self, length: int, prot: int = 3, flags: int = PRIVATE, fd: int = -1, address: int | None = None) -> int:
         """The address of a new mapping."""
         at = self._lib.mmap(address, length, prot, flags | (self.MAP_FIXED if address else 0), fd, 0)
-        self._check(at == self._ctypes.c_void_p(-1).value, "mmap")
+        self._check(at == ctypes.c_void_p(-1).value, "mmap")
         return int(at)
 
     def munmap(self, address: int, length: int) -> None:
@@ -247,14 +257,52 @@ class Libc:
         """Move a mapping to a fixed place."""
         flags = self.MREMAP_MAYMOVE | self.MREMAP_FIXED
         moved = self._lib.mremap(address, length, length, flags, to)
-        self._check(moved == self._ctypes.c_void_p(-1).value, "mremap")
+        self._check(moved == ctypes.c_void_p(-1).value, "mremap")
 
     def fill(self, address: int, length: int = 1, value: int = 1) -> None:
         """Store, with the GIL released."""
         self._lib.memset(address, value, length)
 
+    def swapon(self, path: str) -> None:
+        """swapon(2)."""
+        self._check(self._lib.swapon(path.encode(), 0) != 0, "swapon")
+
+    def swapoff(self, path: str) -> None:
+        """swapoff(2)."""
+        self._check(self._lib.swapoff(path.encode()) != 0, "swapoff")
+
 
 libc = Libc()
+
+
+PRESENT, FRAME = 63, (1 << 55) - 1
+"""Of a word of pagemap: the bit that says that the page is in memory, and where that is, if root asks."""
+MERGED = 21
+"""Of a word of kpageflags: KPF_KSM."""
+
+
+def words(address: int, pages: int) -> array[int]:
+    """Those of /proc/self/pagemap. Read here, and not by the library that is under test."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        return array("Q", os.pread(file.fileno(), 8 * pages, address // PAGE * 8))
+
+
+def marked(address: int, pages: int, bit: int) -> set[int]:
+    """The pages that have a bit."""
+    return {page for page, word in enumerate(words(address, pages)) if word >> bit & 1}
+
+
+def merged(address: int, pages: int) -> set[int]:
+    """The pages that the kernel has merged with others. Only root is told."""
+    if not os.access("/proc/kpageflags", os.R_OK):
+        return set()
+    with open("/proc/kpageflags", "rb", buffering=0) as file:
+        flags = {
+            page: int.from_bytes(os.pread(file.fileno(), 8, (word & FRAME) * 8), sys.byteorder)
+            for page, word in enumerate(words(address, pages))
+            if word >> PRESENT
+        }
+    return {page for page, word in flags.items() if word >> MERGED & 1}
 
 
 @pytest.fixture
@@ -280,6 +328,125 @@ _places = itertools.count(1 << 45, 1 << 33)
 """Above what AddressSanitizer has for itself on x86-64."""
 
 
+# ---- What is borrowed of the machine ------------------------------------------------------------------------------
+
+HUGE = 2 << 20
+HUGE_PAGES = HUGE // PAGE
+POOL = Path("/proc/sys/vm/nr_hugepages")
+SWAP_BYTES, SWAP_PREFIX = 64 << 20, "pagemapcompat-swap-"
+Lacking = tuple[str, str, str]
+"""What `lacking` is called with."""
+
+
+@contextlib.contextmanager
+def borrowed(setting: Path) -> Iterator[None]:
+    """By one test run at a time: two at once would each restore what the other one set."""
+    with setting.open(encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def meminfo() -> dict[str, str]:
+    """By name, as text."""
+    return dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+
+
+@pytest.fixture
+def pool() -> Iterator[None]:
+    """At least eight free huge pages of 2 MiB."""
+    if meminfo().get("Hugepagesize", "").split()[:1] != [str(HUGE >> 10)]:
+        lacking("hugetlb", "no huge pages of 2 MiB (ENOENT)", "a kernel with CONFIG_HUGETLBFS")
+    with borrowed(POOL):
+        before = POOL.read_text()
+        if int(meminfo()["HugePages_Free"].split()[0]) < 8:
+            try:
+                POOL.write_text("16")
+            except OSError as error:
+                lacking("hugetlb", f"no huge pages are reserved ({error.strerror})", "sysctl vm.nr_hugepages=16")
+        yield
+        if POOL.read_text() != before:
+            POOL.write_text(before)
+
+
+def swap_areas() -> list[str]:
+    """But those that test runs have for themselves."""
+    return [line for line in Path("/proc/swaps").read_text().splitlines()[1:] if SWAP_PREFIX not in line]
+
+
+@pytest.fixture
+def swap() -> Iterator[Lacking | None]:
+    """Something to swap to: what there is, or a file of our own; or what is lacking."""
+    if swap_areas():
+        yield None
+        return
+    folder = next(path for path in ("/var/tmp", "/tmp") if os.path.isdir(path))  # noqa: S108 - a disk first
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=SWAP_PREFIX) as file:
+        header = struct.pack("1024x3I", 1, SWAP_BYTES // PAGE - 1, 0).ljust(PAGE - 10, b"\0") + b"SWAPSPACE2"
+        try:
+            if os.geteuid() == 0:
+                os.posix_fallocate(file.fileno(), 0, SWAP_BYTES)
+                os.pwrite(file.fileno(), header, 0)
+            libc.swapon(file.name)
+        except OSError as error:
+            yield "swap", f"no swap area, nor one of our own ({error.strerror})", "root; or swapon a file or a ram disk"
+            return
+        try:
+            yield None
+        finally:
+            libc.swapoff(file.name)
+
+
+class Ksm:
+    """ksmd, by its files."""
+
+    FOLDER = Path("/sys/kernel/mm/ksm")
+    RUN = FOLDER / "run"
+    FAST: ClassVar = {"pages_to_scan": "10000", "sleep_millisecs": "1", "run": "1"}
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        """Seconds, in this process."""
+
+    def __getitem__(self, name: str) -> int:
+        return int((self.FOLDER / name).read_text())
+
+    def set(self, **values: str) -> None:
+        """Switch it on, or off."""
+        for name, value in values.items():
+            (self.FOLDER / name).write_text(value)
+
+    def rescan(self) -> bool:
+        """If it runs, let it look at all that may be merged now, and again at what has not changed."""
+        begun = time.monotonic()
+        # One that may have begun before; one to note what pages hold; one to merge those that still hold it.
+        last = self["full_scans"] + 3 if os.path.exists(self.RUN) and self["run"] == 1 else 0
+        while last and self["full_scans"] < last and time.monotonic() < begun + CHILD_SECONDS:
+            os.sched_yield()
+        self.waited += time.monotonic() - begun
+        return bool(last) and self["full_scans"] >= last
+
+
+ksmd = Ksm()
+
+
+@pytest.fixture
+def ksm() -> Iterator[Lacking | None]:
+    """ksmd, as fast as it can; or what is lacking."""
+    if not os.access(ksmd.RUN, os.W_OK):
+        yield "ksm", "it cannot be switched on (EACCES or ENOENT)", "root, and a kernel with CONFIG_KSM"
+        return
+    with borrowed(ksmd.RUN):
+        before = {name: (ksmd.FOLDER / name).read_text() for name in ksmd.FAST}
+        try:
+            ksmd.set(**ksmd.FAST)
+            yield None
+        finally:
+            ksmd.set(**before)
+
+
+# ---- Children, and what is said of a run --------------------------------------------------------------------------
+
+
 def run_child(code: str, *arguments: str, env: dict[str, str] | None = None, seconds: float = CHILD_SECONDS) -> str:
     """Run Python code that could hang in a process of its own. Returns what it printed; fails if it fails or hangs."""
     program = textwrap.dedent(code)
@@ -298,6 +465,14 @@ def run_child(code: str, *arguments: str, env: dict[str, str] | None = None, sec
 def claims(tracker: DirtyTracker, guarantee: Guarantee) -> bool:
     """Whether a tracker promises something for private anonymous memory."""
     return guarantee in tracker.selection.guarantees
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What there was of everything that is counted."""
+    for number, line in enumerate(figures.lines()):
+        if number == 0:
+            terminalreporter.section("figures")
+        terminalreporter.write_line(line)
 
 
 def pytest_report_header() -> list[str]:

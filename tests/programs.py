@@ -1,23 +1,25 @@
 """Random programs, run side by side on equal memories of several backends, against a model of what each must report.
 
 A program is a list of steps: stores, kernel writes, whatever else happens to memory, and what readers ask. No threads
-of its own run, so every answer is known: the pages that must be in it, and those that may.
+of its own run, so every answer is known: the pages that must be in it, and those that may. Swap and ksmd are used where
+they are there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
 import os
 import random
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from errno import errorcode
 
 import attrs
 from children import Raw, plain
-from conftest import FLAVOURS, PAGE, PRIVATE, Flavour, environment, libc
+from conftest import FLAVOURS, HUGE_PAGES, PAGE, PRESENT, PRIVATE, Flavour, environment, ksmd, libc, marked, merged
 
 from pagemapcompat import (
     AddressRange,
@@ -34,7 +36,6 @@ from pagemapcompat import (
     probe,
 )
 
-HUGE_PAGES = (2 << 20) // PAGE
 PAGES = {"private": 72, "shared": 72, "huge": 2 * HUGE_PAGES}
 """Kinds of memory and their sizes: private, shared, and private with transparent huge pages."""
 POLICIES = ("raise", "rearm")
@@ -43,6 +44,8 @@ KERNEL_PAGES = 8
 """Most that one kernel write fills: a socket's buffer holds as much."""
 MADV_FREE, MERGEABLE, HUGEPAGE, NOHUGEPAGE, PAGEOUT, COLLAPSE = 8, 12, 14, 15, 21, 25
 NONE, READ, WRITABLE = 0, 1, 3
+KSM_SECONDS = 5
+"""How long one process waits for ksmd, before the last time."""
 
 _PLACE, _ROOM = 1 << 45, 1 << 33  # where the kernel puts no mapping by itself, so that a hole stays one
 
@@ -66,6 +69,10 @@ class Counts:
     """Pages, by user and kernel, on one side."""
     reported: int = 0
     """Pages, to all readers of all sides."""
+    effects: Counter[str] = attrs.field(factory=Counter, eq=False)
+    """Steps that did what they are for, by operation. What the kernel does is its own affair, the next time too."""
+    refused: Counter[str] = attrs.field(factory=Counter, eq=False)
+    """Advice that it did not take, by operation and errno."""
 
 
 class Finding(AssertionError):
@@ -292,6 +299,35 @@ class Side:
         for lo, hi in runs(pages):
             libc.madvise(self.at(lo), (hi - lo) * PAGE, advice)
 
+    def suggest(self, what: str, pages: Iterable[int], advice: int) -> bool:
+        """madvise(2), which may be refused. Whether it was not."""
+        try:
+            self.advise(pages, advice)
+        except OSError as error:
+            self.counts.refused[f"{what} {errorcode.get(error.errno or 0)}"] += 1
+            return False
+        return True
+
+    def present(self) -> set[int]:
+        """What is in memory."""
+        return marked(self.place.start, self.memory.pages, PRESENT)
+
+    def merged(self) -> set[int]:
+        """What the kernel has merged."""
+        return merged(self.place.start, self.memory.pages)
+
+    def huge(self) -> int:
+        """KiB of it in transparent huge pages."""
+        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
+            found, inside = 0, False
+            for line in smaps:
+                first, *rest = line.split()
+                if not first.endswith(":"):
+                    inside = self.place.start <= int(first.split("-")[0], 16) < self.place.end
+                elif inside and first == "AnonHugePages:":
+                    found += int(rest[0])
+        return found
+
     def read(self, pages: set[int]) -> None:
         """Memory is what the model says."""
         self.due.read(pages)
@@ -461,7 +497,8 @@ class Program:
         self.done.append(step)
         self.counts.operations += 1
         try:
-            getattr(self, f"do_{step.name}")(step.lo, step.hi, step.value)
+            if getattr(self, f"do_{step.name}")(step.lo, step.hi, step.value):
+                self.counts.effects[step.name] += 1
         except (AssertionError, OSError, PagemapCompatError) as error:
             raise self._finding(error) from error
 
@@ -501,13 +538,14 @@ class Program:
         os.close(self._file)
 
     # -- Writes -------------------------------------------------------------------------------------------------
+    # Every operation says whether it did what it is for.
 
     def _wrote(self, pages: set[int]) -> None:
         self.counts.written += len(pages)
         for side in self.sides:
             side.due.wrote(pages)
 
-    def do_store(self, lo: int, hi: int, value: int) -> None:
+    def do_store(self, lo: int, hi: int, value: int) -> bool:
         """A byte into each page; or all of a page of which it is not known what else it holds."""
         pages = self.memory.writable(lo, hi)
         self._wrote(pages)
@@ -517,8 +555,9 @@ class Program:
             for side in self.sides:
                 libc.fill(side.at(page) + at, len(data), value)
             self.memory.write(page * PAGE + at, data)
+        return bool(pages)
 
-    def do_fill(self, lo: int, hi: int, value: int) -> None:
+    def do_fill(self, lo: int, hi: int, value: int) -> bool:
         """Many pages."""
         pages = self.memory.writable(lo, hi)
         self._wrote(pages)
@@ -526,12 +565,12 @@ class Program:
             for side in self.sides:
                 libc.fill(side.at(start), (end - start) * PAGE, value)
             self.memory.write(start * PAGE, bytes([value]) * ((end - start) * PAGE))
+        return bool(pages)
 
-    def do_kernel_write(self, lo: int, hi: int, value: int) -> None:
+    def do_kernel_write(self, lo: int, hi: int, value: int) -> bool:
         """The kernel stores, in one of four ways."""
         if not self._kernel_writes:
-            self.do_fill(lo, hi, value)
-            return
+            return self.do_fill(lo, hi, value)
         pages = self.memory.writable(lo, min(hi, lo + KERNEL_PAGES))
         self._wrote(pages)
         write = (self._preadv, self._readinto, self._receive, self._process_vm_writev)[value % 4]
@@ -541,6 +580,7 @@ class Program:
                 buffer = (ctypes.c_char * len(data)).from_address(side.at(start))
                 assert write(memoryview(buffer).cast("B"), data) == len(data)
             self.memory.write(start * PAGE, data)
+        return bool(pages)
 
     def _preadv(self, buffer: memoryview, data: bytes) -> int:
         os.pwrite(self._file, data, 0)
@@ -566,72 +606,88 @@ class Program:
 
     # -- What else happens to memory --------------------------------------------------------------------------------
 
-    def do_read(self, lo: int, hi: int, _value: int) -> None:
+    @staticmethod
+    def _some(pages: set[int], lo: int, hi: int) -> set[int]:
+        """Those in [lo, hi); where there are none, as many of the others: of few pages it is rarely that any are."""
+        return pages & set(range(lo, hi)) or set(sorted(pages)[: hi - lo])
+
+    def do_read(self, lo: int, hi: int, _value: int) -> bool:
         """Memory is what the model says; and reading is not writing."""
         pages = self.memory.readable(lo, hi)
         for side in self.sides:
             side.read(pages)
         self.memory.populated |= pages
+        return bool(pages)
 
-    def do_protect(self, lo: int, hi: int, value: int) -> None:
+    def do_protect(self, lo: int, hi: int, value: int) -> bool:
         """mprotect(2)."""
         protection = (NONE, READ, WRITABLE)[value % 3]
-        for start, end in runs(self.memory.there(lo, hi)):
+        pages = self.memory.there(lo, hi)
+        changed = {page for page in pages if self.memory.protection[page] != protection}
+        for start, end in runs(pages):
             for side in self.sides:
                 libc.mprotect(side.at(start), (end - start) * PAGE, protection)
             self.memory.protection[start:end] = [protection] * (end - start)
+        return bool(changed)
 
-    def do_discard(self, lo: int, hi: int, _value: int) -> None:
+    def do_discard(self, lo: int, hi: int, _value: int) -> bool:
         """MADV_DONTNEED. Shared memory keeps what it holds; so do guard pages, being what they are."""
         pages = self.memory.there(lo, hi)
+        held = pages & self.memory.populated
         for side in self.sides:
             side.due.lost(pages - self.memory.guards)
             side.advise(pages, mmap.MADV_DONTNEED)
         if self.memory.kind != "shared":
             self.memory.lose(pages)
+        return bool(held)
 
-    def do_free(self, lo: int, hi: int, _value: int) -> None:
+    def do_free(self, lo: int, hi: int, _value: int) -> bool:
         """MADV_FREE: the kernel may discard them, until they are written."""
         if self.memory.kind == "shared":
-            return
-        pages = self.memory.there(lo, hi)
+            return False
+        pages = self._some(self.memory.populated - self.memory.freed, lo, hi)
         for side in self.sides:
             side.advise(pages, MADV_FREE)
-        self.memory.freed |= pages & self.memory.populated
+        self.memory.freed |= pages
+        return bool(pages)
 
-    def do_bar(self, lo: int, hi: int, _value: int) -> None:
+    def do_bar(self, lo: int, hi: int, _value: int) -> bool:
         """MADV_GUARD_INSTALL: what they held is gone."""
         if not self._guards:
-            return
+            return False
         pages = self.memory.there(lo, hi) - self.memory.guards
         for side in self.sides:
             side.due.replaced(pages)
             side.advise(pages, libc.GUARD_INSTALL)
         self.memory.lose(pages)
         self.memory.guards |= pages
+        return bool(pages)
 
-    def do_open(self, lo: int, hi: int, _value: int) -> None:
+    def do_open(self, lo: int, hi: int, _value: int) -> bool:
         """MADV_GUARD_REMOVE."""
-        pages = self.memory.there(lo, hi) & self.memory.guards
+        pages = self._some(self.memory.guards, lo, hi)
         for side in self.sides:
             side.due.replaced(pages)
             side.advise(pages, libc.GUARD_REMOVE)
         self.memory.guards -= pages
+        return bool(pages)
 
-    def do_unmap(self, lo: int, hi: int, _value: int) -> None:
+    def do_unmap(self, lo: int, hi: int, _value: int) -> bool:
         """munmap(2): a hole."""
+        pages = self.memory.there(lo, hi)
         for side in self.sides:
             side.due.gone(set(range(lo, hi)))
             libc.munmap(side.at(lo), (hi - lo) * PAGE)
-        self._forget(set(range(lo, hi)))
-        self.memory.mapped -= set(range(lo, hi))
+        self._forget(pages)
+        self.memory.mapped -= pages
+        return bool(pages)
 
     def _forget(self, pages: set[int]) -> None:
         self.memory.lose(pages)
         self.memory.guards -= pages
         self.memory.mergeable -= pages
 
-    def do_map(self, lo: int, hi: int, value: int) -> None:
+    def do_map(self, lo: int, hi: int, value: int) -> bool:
         """mmap(2) of the holes; or over all of it."""
         pages = set(range(lo, hi)) - (self.memory.mapped if value % 3 else set())
         for side in self.sides:
@@ -642,8 +698,9 @@ class Program:
         self.memory.mapped |= pages
         for page in pages:
             self.memory.protection[page] = WRITABLE
+        return bool(pages)
 
-    def do_move(self, lo: int, hi: int, _value: int) -> None:
+    def do_move(self, lo: int, hi: int, _value: int) -> bool:
         """mremap(2) somewhere else, page by page, and back."""
         pages = self.memory.there(lo, min(hi, lo + KERNEL_PAGES))
         for side in self.sides:
@@ -651,24 +708,27 @@ class Program:
                 libc.mremap(side.at(page), PAGE, side.spare)
                 libc.mremap(side.spare, PAGE, side.at(page))
             side.due.mapped(pages)
+        return bool(pages)
 
-    def do_take_away(self, lo: int, hi: int, _value: int) -> None:
+    def do_take_away(self, lo: int, hi: int, _value: int) -> bool:
         """mremap(2) with MREMAP_DONTUNMAP: the mapping stays, its pages go."""
         if self.memory.kind == "shared":
-            return
+            return False
         pages = self.memory.there(lo, min(hi, lo + KERNEL_PAGES)) - self.memory.guards
+        held = pages & self.memory.populated
         for side in self.sides:
             side.due.lost(pages)
             for page in pages:
                 assert _kernel.mremap_pages(side.at(page), side.spare, PAGE) == 0
                 libc.munmap(side.spare, PAGE)
         self.memory.lose(pages)
+        return bool(held)
 
-    def do_fork(self, lo: int, hi: int, value: int) -> None:
+    def do_fork(self, lo: int, hi: int, value: int) -> bool:
         """A child writes to its copy and ends; or does nothing, and stays. Shared memory is written unseen."""
         if value % 2 and len(self._children.pids) < 2:
             self._children.fork()
-            return
+            return True
         pages = self.memory.writable(lo, min(hi, lo + KERNEL_PAGES)) - self.memory.freed
         pid = plain.fork()
         if not pid:
@@ -680,26 +740,52 @@ class Program:
         if self.memory.kind == "shared":
             for page in pages:
                 self.memory.content[page * PAGE : (page + 1) * PAGE] = bytes([value]) * PAGE
+        return bool(pages)
 
-    def do_swap_out(self, lo: int, hi: int, _value: int) -> None:
+    def do_swap_out(self, lo: int, hi: int, _value: int) -> bool:
         """MADV_PAGEOUT: advice; without swap it takes only what was freed."""
+        pages = self.memory.there(lo, hi)
+        gone: set[int] = set()
         for side in self.sides:
-            with contextlib.suppress(OSError):
-                side.advise(self.memory.there(lo, hi), PAGEOUT)
+            before = side.present()
+            side.suggest("swap_out", pages, PAGEOUT)
+            gone |= before - side.present()
+        return bool(gone & pages - self.memory.freed)
 
-    def do_merge(self, lo: int, hi: int, _value: int) -> None:
-        """MADV_MERGEABLE: if ksmd runs it merges what is equal."""
-        for side in self.sides:
-            with contextlib.suppress(OSError):
-                side.advise(self.memory.there(lo, hi), MERGEABLE)
-        self.memory.mergeable |= self.memory.there(lo, hi)
+    def do_merge(self, lo: int, hi: int, _value: int) -> bool:
+        """MADV_MERGEABLE: if ksmd runs it merges what is equal, here and wherever else it may. Private memory only."""
+        if self.memory.kind == "shared":
+            return False
+        pages = self._some(self.memory.populated, lo, hi)
+        taken = [side.suggest("merge", pages, MERGEABLE) for side in self.sides]
+        if not (pages and all(taken)):
+            return False
+        self.memory.mergeable |= pages
+        # It may be slow, for it goes through every guest of the machine: then it is not waited for each time.
+        return ksmd.waited < KSM_SECONDS and ksmd.rescan() and any(side.merged() for side in self.sides)
 
-    def do_huge(self, lo: int, hi: int, value: int) -> None:
-        """Transparent huge pages: made by a collapse, or admitted, or no more."""
-        advice = (COLLAPSE, COLLAPSE, HUGEPAGE, NOHUGEPAGE)[value % 4]
+    def do_collapse(self, _lo: int, _hi: int, value: int) -> bool:
+        """MADV_COLLAPSE of a huge page, all of which is written before: while a page is armed it is refused."""
+        starts = range(0, self.memory.pages - HUGE_PAGES + 1, HUGE_PAGES)
+        whole = [lo for lo in starts if len(self.memory.writable(lo, lo + HUGE_PAGES)) == HUGE_PAGES]
+        if not whole:
+            return False
+        lo = whole[value % len(whole)]
+        hi = lo + HUGE_PAGES
+        self.do_fill(lo, hi, value)
+        made = 0
         for side in self.sides:
-            with contextlib.suppress(OSError):
-                side.advise(self.memory.there(lo, hi), advice)
+            side.suggest("collapse", range(lo, hi), HUGEPAGE)
+            before = side.huge()
+            side.suggest("collapse", range(lo, hi), COLLAPSE)
+            made += side.huge() - before
+        return made > 0
+
+    def do_huge(self, lo: int, hi: int, value: int) -> bool:
+        """Transparent huge pages are admitted, or no more."""
+        pages = self.memory.there(lo, hi)
+        taken = [side.suggest("huge", pages, (HUGEPAGE, NOHUGEPAGE)[value % 2]) for side in self.sides]
+        return bool(pages) and all(taken)
 
     # -- What is asked ------------------------------------------------------------------------------------------
 
@@ -711,53 +797,64 @@ class Program:
         for side in self.sides:
             yield side, side.due.readers[number % len(side.due.readers)]
 
-    def do_peek(self, lo: int, hi: int, value: int) -> None:
+    def do_peek(self, lo: int, hi: int, value: int) -> bool:
         """Of one reader."""
         for side, reader in self._readers(value // 12):
             side.peek(reader, *self._asked(lo, hi, value))
+        return True
 
-    def do_collect(self, lo: int, hi: int, value: int) -> None:
-        """Of one reader; every second time what a peek promised before."""
+    def do_collect(self, lo: int, hi: int, value: int) -> bool:
+        """Of one reader; every second time what a peek promised before, but for what the kernel does meanwhile."""
+        unsteady = self.memory.freed | self.memory.mergeable
         for side, reader in self._readers(value // 24):
             asked = self._asked(lo, hi, value // 2)
             seen = side.peek(reader, *asked) if value % 2 else None
             found = side.collect(reader, *asked)
-            assert None in (seen, found) or seen == found
+            if seen is not None and found is not None and not (unsteady and asked[-1]):
+                assert seen ^ found <= unsteady
+        return True
 
-    def do_reset(self, lo: int, hi: int, value: int) -> None:
+    def do_reset(self, lo: int, hi: int, value: int) -> bool:
         """By one reader."""
         lo, hi, _ = self._asked(lo, hi, value)
         for side, reader in self._readers(value // 2):
             side.reset(reader, lo, hi)
+        return True
 
-    def do_unprotect(self, lo: int, hi: int, _value: int) -> None:
+    def do_unprotect(self, lo: int, hi: int, _value: int) -> bool:
         """Declared written, for all readers."""
         for side in self.sides:
             side.unprotect(lo, hi)
+        return bool(self.memory.there(lo, hi))
 
-    def do_rearm(self, lo: int, hi: int, value: int) -> None:
+    def do_rearm(self, lo: int, hi: int, value: int) -> bool:
         """All of it, mostly."""
+        untracked = bool(self.sides[0].due.untracked)
         for side in self.sides:
             side.rearm(*((lo, hi) if value % 4 == 3 else (0, self.memory.pages)))
+        return untracked
 
-    def do_cursor(self, _lo: int, _hi: int, _value: int) -> None:
+    def do_cursor(self, _lo: int, _hi: int, _value: int) -> bool:
         """One reader more."""
-        for side in self.sides:
-            if len(side.due.readers) < 3:
-                side.cursor()
+        sides = [side for side in self.sides if len(side.due.readers) < 3]
+        for side in sides:
+            side.cursor()
+        return bool(sides)
 
-    def do_leave(self, _lo: int, _hi: int, value: int) -> None:
+    def do_leave(self, _lo: int, _hi: int, value: int) -> bool:
         """One less."""
-        for side in self.sides:
-            if len(side.due.readers) > 1:
-                side.due.readers.pop(1 + value % (len(side.due.readers) - 1)).cursor.close()
+        sides = [side for side in self.sides if len(side.due.readers) > 1]
+        for side in sides:
+            side.due.readers.pop(1 + value % (len(side.due.readers) - 1)).cursor.close()
+        return bool(sides)
 
-    def do_track(self, _lo: int, _hi: int, _value: int) -> None:
+    def do_track(self, _lo: int, _hi: int, _value: int) -> bool:
         """Tracked anew, whatever it has become."""
         for side in self.sides if self.memory.mapped else ():
             for reader in side.due.readers:
                 reader.cursor.close()
             side.track()
+        return bool(self.memory.mapped)
 
 
 OPERATIONS: dict[str, int] = {
@@ -767,24 +864,25 @@ OPERATIONS: dict[str, int] = {
     "read": 2,
     "protect": 2,
     "discard": 2,
-    "free": 1,
+    "free": 2,
     "bar": 2,
-    "open": 1,
+    "open": 2,
     "unmap": 1,
     "map": 2,
     "move": 1,
-    "take_away": 1,
+    "take_away": 2,
     "fork": 1,
-    "swap_out": 1,
-    "merge": 1,
+    "swap_out": 2,
+    "merge": 2,
+    "collapse": 2,
     "huge": 1,
     "peek": 2,
     "collect": 8,
     "reset": 2,
     "unprotect": 2,
-    "rearm": 1,
+    "rearm": 2,
     "cursor": 3,
-    "leave": 1,
+    "leave": 2,
     "track": 1,
 }
 """What a step can be, and how often."""

@@ -31,8 +31,8 @@ from pathlib import Path
 import attrs
 import pytest
 from children import Crew, in_child
-from conftest import PAGE, PRIVATE, Flavour, disable, lacking, libc, pages_of, part, private, write
-from test_kinds import HUGE, HUGE_PAGES, MFD_HUGETLB, hugetlb_refused, pool  # noqa: F401 - a fixture
+from conftest import HUGE, HUGE_PAGES, PAGE, PRIVATE, Flavour, disable, lacking, libc, pages_of, part, private, write
+from test_kinds import MFD_HUGETLB, hugetlb_refused
 
 from pagemapcompat import (
     AddressRange,

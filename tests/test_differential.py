@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import figures
 import programs
 import pytest
 from children import in_child
-from conftest import FLAVOURS, Flavour, expected, lacking, need_shared
+from conftest import FLAVOURS, HUGE, Flavour, Lacking, expected, lacking, libc, need_shared
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from pagemapcompat import Feature, probe
 
 EXAMPLES = os.environ.get("PAGEMAPCOMPAT_TEST_EXAMPLES")
 """How many programs each test tries, other ones each time; without it, few, and always the same."""
@@ -21,6 +24,32 @@ TOGETHER = {
     "oldest": ("uffd-wp-as-6.1", "uffd-wp-as-5.10"),
 }
 """Flavours that run side by side."""
+EFFECTIVE = "random programs, operations that took effect"
+
+
+@pytest.fixture(autouse=True)
+def lacks(swap: Lacking | None, ksm: Lacking | None) -> dict[str, Lacking | None]:
+    """What operations lack here, by name. Swap and ksmd are there for as long as a program runs."""
+    guards: Lacking | None = "madv-guard", "this kernel has no guard pages (EINVAL)", "Linux 6.13 or newer"
+    return {
+        "swap_out": swap,
+        "merge": ksm,
+        "collapse": no_collapse(),
+        **dict.fromkeys(("bar", "open"), None if probe().supports(Feature.MADV_GUARD) else guards),
+    }
+
+
+def no_collapse() -> Lacking | None:
+    """What MADV_COLLAPSE lacks."""
+    at = libc.mmap(2 * HUGE)
+    try:
+        libc.fill(at, 2 * HUGE)
+        libc.madvise(-(-at // HUGE) * HUGE, HUGE, programs.COLLAPSE)
+    except OSError as error:
+        return "thp-collapse", f"refused ({error.strerror})", "Linux 6.1 or newer, with CONFIG_TRANSPARENT_HUGEPAGE"
+    finally:
+        libc.munmap(at, 2 * HUGE)
+    return None
 
 
 class Machine(RuleBasedStateMachine):
@@ -41,6 +70,18 @@ class Machine(RuleBasedStateMachine):
             try:
                 if not self.program.failed:
                     self.program.finish()
+                    counts = self.program.counts
+                    figures.add(
+                        "random programs",
+                        {
+                            "programs": 1,
+                            "operations": counts.operations,
+                            "pages written": counts.written,
+                            "pages reported": counts.reported,
+                        },
+                    )
+                    figures.add(EFFECTIVE, counts.effects)
+                    figures.add("random programs, advice refused", counts.refused)
             finally:
                 self.program.close()
 
@@ -104,6 +145,17 @@ def test_many_programs(names: tuple[str, ...], kind: str) -> None:
     in_child(
         explore, partners(names, kind), kind, 25 if kind == "huge" else 70, 40, seconds=max(600, 4 * int(EXAMPLES or 0))
     )
+
+
+@pytest.mark.parametrize("operation", programs.OPERATIONS)
+def test_each_operation_took_effect(operation: str, lacks: dict[str, Lacking | None]) -> None:
+    """In one of the programs above at least: none of them is a test of nothing."""
+    took = figures.sums().get(EFFECTIVE)
+    if not took:
+        pytest.skip("no program has run; remedy: run this file as a whole")
+    if lack := lacks.get(operation):
+        lacking(*lack)
+    assert took[operation] > 0
 
 
 @pytest.mark.parametrize("names", [("uffd-wp",), ("pagemap-scan",)], ids=lambda names: names[0])

@@ -12,8 +12,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 from children import Crew, Mirror, in_child
-from conftest import PAGE, PRIVATE, Flavour, flavours, lacking, libc, need_shared, pages_of, private, write
-from test_kinds import HUGE, HUGE_PAGES, pool  # noqa: F401 - a fixture
+from conftest import (
+    HUGE,
+    HUGE_PAGES,
+    PAGE,
+    PRIVATE,
+    Flavour,
+    flavours,
+    lacking,
+    libc,
+    need_shared,
+    pages_of,
+    private,
+    write,
+)
 
 from pagemapcompat import AddressRange, DirtyTracker, Feature, NotTrackedError, _kernel, probe
 
@@ -129,7 +141,7 @@ def test_a_limited_peek_of_a_file(flavour: Flavour) -> None:
 
 def test_huge_pages_before_a_hole(
     flavour: Flavour,
-    pool: None,  # noqa: F811
+    pool: None,
     area: Callable[..., AddressRange],
 ) -> None:
     """An odd end behind huge pages, and small pages behind the hole, are no business of theirs."""

@@ -53,6 +53,7 @@ from conftest import (
     flavours,
     lacking,
     libc,
+    meminfo,
     need,
     use_flavour,
 )
@@ -1078,8 +1079,7 @@ def test_every_function_is_made_to_fail(shim: str, monkeypatch: pytest.MonkeyPat
                     calls = answer(stage, scene, None)
                     done.update(fault.name for fault in faults(calls, own=True))
         print(*(f"{number:6} {name}" for name, number in done.most_common()), f"{done.total():6} in all", sep="\n")  # noqa: T201
-        with open("/proc/meminfo", encoding="ascii") as file:
-            swap = next(int(line.split()[1]) for line in file if line.startswith("SwapTotal:"))
+        swap = int(meminfo()["SwapTotal"].split()[0])
         # mincore(2) is asked only on machines without swap.
         assert {name for name in attached.names if ERRNOS.get(name, True)} - set(done) <= (
             {"mincore"} if swap else set()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PAGE, PRIVATE, Flavour, lacking, libc, need_shared, pages_of, private, write
+from conftest import HUGE, HUGE_PAGES, PAGE, PRIVATE, Flavour, libc, need_shared, pages_of, private, write
 
 from pagemapcompat import (
     AddressRange,
@@ -25,33 +24,7 @@ from pagemapcompat import (
 
 pytestmark = pytest.mark.kernel
 
-HUGE = 2 << 20
-HUGE_PAGES = HUGE // PAGE
-POOL = Path("/proc/sys/vm/nr_hugepages")
 MFD_HUGETLB = 4
-
-
-def meminfo() -> dict[str, str]:
-    """By name, as text."""
-    return dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-
-
-@pytest.fixture
-def pool() -> Iterator[None]:
-    """At least eight free huge pages of 2 MiB."""
-    if meminfo().get("Hugepagesize", "").split()[:1] != [str(HUGE >> 10)]:
-        lacking("hugetlb", "no huge pages of 2 MiB (ENOENT)", "a kernel with CONFIG_HUGETLBFS")
-    with POOL.open(encoding="ascii") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once would each restore what the other one set
-        before = POOL.read_text()
-        if int(meminfo()["HugePages_Free"].split()[0]) < 8:
-            try:
-                POOL.write_text("16")
-            except OSError as error:
-                lacking("hugetlb", f"no huge pages are reserved ({error.strerror})", "sysctl vm.nr_hugepages=16")
-        yield
-        if POOL.read_text() != before:
-            POOL.write_text(before)
 
 
 def hugetlb_refused(flavour: Flavour) -> bool:

@@ -7,18 +7,14 @@ import mmap
 import os
 import struct
 import tempfile
-import time
-from pathlib import Path
 
 import pytest
-from conftest import PAGE, Flavour, claims, lacking, pages_of, private, write
+from conftest import CHILD_SECONDS, PAGE, Flavour, Lacking, claims, ksmd, lacking, merged, pages_of, private, write
 
 from pagemapcompat import Guarantee
 
 pytestmark = pytest.mark.kernel
 
-KSM = Path("/sys/kernel/mm/ksm")
-MERGE_SECONDS = 20
 SETUP, ENTER, REGISTER = 425, 426, 427
 READ_FIXED, GETEVENTS, OFF_SQES = 4, 1, 0x10000000
 
@@ -84,36 +80,24 @@ def test_pages_pinned_before_they_were_protected(flavour: Flavour) -> None:
             ring.close()
 
 
-def test_pages_merged_by_the_kernel(flavour: Flavour) -> None:
+def test_pages_merged_by_the_kernel(flavour: Flavour, ksm: Lacking | None) -> None:
     """One that is written again is reported where DISCARDS is promised; elsewhere its next write is."""
-    if not os.access(KSM / "run", os.W_OK):
-        lacking("ksm", "it cannot be switched on (EACCES or ENOENT)", "root, and a kernel with CONFIG_KSM")
-    before = {name: (KSM / name).read_text() for name in ("run", "sleep_millisecs", "pages_to_scan")}
+    if ksm:
+        lacking(*ksm)
     memory = private(64)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     memory[:] = b"\x55" * len(memory)
-    try:
-        with flavour.tracker() as tracker:
-            ram = tracker.track(memory)
-            memory.madvise(mmap.MADV_MERGEABLE)
-            (KSM / "run").write_text("2")  # whatever earlier rounds merged is apart again
-            sharing = int((KSM / "pages_sharing").read_text())
-            (KSM / "pages_to_scan").write_text("10000")
-            (KSM / "sleep_millisecs").write_text("1")
-            (KSM / "run").write_text("1")
-            deadline = time.monotonic() + MERGE_SECONDS
-            while int((KSM / "pages_sharing").read_text()) < sharing + 32:
-                if time.monotonic() > deadline:
-                    lacking("ksm", f"ksmd merged nothing in {MERGE_SECONDS} s (EAGAIN)", "an idle machine")
-                os.sched_yield()
-            (KSM / "run").write_text("0")
-            wrote = write(memory, 3, 40)
-            if claims(tracker, Guarantee.DISCARDS):
-                assert pages_of(ram.collect()) >= wrote
-            else:
-                ram.collect()
-            wrote = write(memory, 3, 41)
-            assert pages_of(ram.collect()) >= {3}
-    finally:
-        for name, value in before.items():
-            (KSM / name).write_text(value)
+    with flavour.tracker() as tracker:
+        ram = tracker.track(memory)
+        memory.madvise(mmap.MADV_MERGEABLE)
+        if not ksmd.rescan():
+            lacking("ksm", f"ksmd did not get through in {CHILD_SECONDS:.0f} s (EAGAIN)", "an idle machine")
+        ksmd.set(run="0")
+        assert merged(ram.range.start, 64) >= {3, 40, 41}
+        wrote = write(memory, 3, 40)
+        if claims(tracker, Guarantee.DISCARDS):
+            assert pages_of(ram.collect()) >= wrote
+        else:
+            ram.collect()
+        wrote = write(memory, 3, 41)
+        assert pages_of(ram.collect()) >= {3}

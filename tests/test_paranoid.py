@@ -33,7 +33,7 @@ from test_concurrency import test_an_interrupt_anywhere_in_collect_loses_no_page
 from test_contract import *  # noqa: F403 - all promises hold here too
 from test_cursors import test_each_reader_sees_every_write_once as test_readers  # noqa: F401
 from test_cursors import test_readers_come_and_go_without_a_trace as test_readers_leave_no_trace  # noqa: F401
-from test_kinds import pool, test_hugetlb  # noqa: F401
+from test_kinds import test_hugetlb  # noqa: F401
 from test_model import explore
 
 from pagemapcompat import (

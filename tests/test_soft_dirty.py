@@ -6,21 +6,19 @@ Its clear is the whole process's, so each test has a process of its own.
 from __future__ import annotations
 
 import mmap
-import os
 import random
 import sys
-from array import array
 from collections.abc import Callable
 
 import pytest
 from children import Crew, in_child, memory_of
-from conftest import PAGE, Flavour, claims, libc, need, pages_of
+from conftest import PAGE, Flavour, claims, libc, marked, need, pages_of
 
 from pagemapcompat import Feature, Guarantee, TrackedRange
 
 pytestmark = pytest.mark.kernel
 
-SOFT_DIRTY = 1 << 55
+SOFT_DIRTY = 55
 PAGES = 256
 KINDS = ["private", "shared"]
 
@@ -38,10 +36,8 @@ def clear() -> None:
 
 
 def stored(ram: TrackedRange) -> set[int]:
-    """The pages stored to since the clear. Read here, and not by the library that is under test."""
-    with open("/proc/self/pagemap", "rb", buffering=0) as words:
-        data = os.pread(words.fileno(), 8 * ram.range.length // PAGE, ram.range.start // PAGE * 8)
-    return {page for page, word in enumerate(array("Q", data)) if word & SOFT_DIRTY}
+    """The pages stored to since the clear."""
+    return marked(ram.range.start, ram.range.length // PAGE, SOFT_DIRTY)
 
 
 def by_python(memory: mmap.mmap, _at: int, page: int) -> None:

@@ -6,28 +6,25 @@ import ctypes
 import itertools
 import mmap
 import os
-from pathlib import Path
-from struct import unpack
 
 import pytest
 from children import memory_of
-from conftest import PAGE, PRIVATE, Flavour, lacking, pages_of, write
+from conftest import PAGE, PRESENT, PRIVATE, Flavour, Lacking, lacking, marked, pages_of, write
 
 from pagemapcompat import TrackedRange
 
 pytestmark = pytest.mark.kernel
 
 MADV_PAGEOUT = 21
-PRESENT = 1 << 63
 TRIES = 200
 PAGES = 64
 
 
 @pytest.fixture(autouse=True)
-def swap() -> None:
+def swapping(swap: Lacking | None) -> None:
     """Something to swap to, for this process too."""
-    if not Path("/proc/swaps").read_text().splitlines()[1:]:
-        lacking("swap", "no swap area (ENOENT)", "swapon a file or a ram disk")
+    if swap:
+        lacking(*swap)
     with mmap.mmap(-1, PAGES * PAGE, flags=PRIVATE) as plain:
         plain.madvise(mmap.MADV_NOHUGEPAGE)
         write(plain, *range(PAGES))
@@ -56,9 +53,7 @@ def goes_out(memory: mmap.mmap, address: int) -> bool:
         os.sched_setaffinity(0, {cpu})
         memory.madvise(MADV_PAGEOUT)
         os.sched_setaffinity(0, allowed)
-        with open("/proc/self/pagemap", "rb", buffering=0) as words:
-            data = os.pread(words.fileno(), 8 * PAGES, address // PAGE * 8)
-        if not any(word & PRESENT for word in unpack(f"={PAGES}Q", data)):
+        if not marked(address, PAGES, PRESENT):
             return True
     return False
 

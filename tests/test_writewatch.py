@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from children import Crew, in_child, memory_of
 from conftest import (
+    HUGE,
     PAGE,
     PRIVATE,
     Flavour,
@@ -31,7 +32,7 @@ from conftest import (
     write,
 )
 from test_concurrency import Interrupted, Interrupter, raise_inside
-from test_kinds import HUGE, hugetlb_refused, pool  # noqa: F401 - a fixture
+from test_kinds import hugetlb_refused
 
 from pagemapcompat import (
     AddressRange,
@@ -675,7 +676,7 @@ def test_pages_of_the_host_are_committed_whole(large: tuple[memoryview, WriteWat
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "memfd"])
-def test_hugetlb(flavour: Flavour, pool: None, area: Callable[..., AddressRange], shared: bool) -> None:  # noqa: F811
+def test_hugetlb(flavour: Flavour, pool: None, area: Callable[..., AddressRange], shared: bool) -> None:
     """A store into a huge page counts for all of it, 4096 bytes at a time."""
     if hugetlb_refused(flavour):
         pytest.skip("this kernel does not track huge pages; remedy: Linux 5.19")
