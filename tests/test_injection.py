@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import figures
 import pytest
 from children import Crew, Raw, in_child, memory_of, resources
 from conftest import (
@@ -799,6 +800,7 @@ def in_turn(path: str, plan: Callable[[Shim], Iterator[Play]]) -> None:
             if keeps(fault):
                 kept = shim.kept()
             assert shim.kept() == kept, "memory was not given back"
+        figures.add("faults injected", {"faults": len(plays)})
         after = resources()
         assert after[0] == before[0]
         assert after[1] == before[1]

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import figures
 import pytest
 from compilers import COMPILERS, HARNESS, ROOT, SANITIZERS, SOURCES, WALLED, build, need_sanitizer, run
 from conftest import Flavour, flavours
@@ -88,6 +89,7 @@ def test_everything_at_once(driver: Path, flavour: Flavour, kind: str) -> None:
     writes, collects = map(int, re.fullmatch(r"(\d+) writes, (\d+) collects\n", said).groups())
     assert writes
     assert collects
+    figures.add("C program under sanitizers", {"runs": 1, "writes": writes, "collects": collects})
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import figures
 import programs
 import pytest
 import soak
@@ -49,7 +50,12 @@ def short(able: list[Flavour]) -> list[str]:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    return done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    whole = {name: int(numbers[-1]) for name, numbers in table(lines).items()}
+    figures.add(
+        "soak", {"rounds": whole["all"], "operations": whole["operations"], "writes": whole["writes accounted"]}
+    )
+    return lines
 
 
 def table(lines: list[str]) -> dict[str, list[float]]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import attrs
+import figures
 import pytest
 from children import in_child
 from conftest import PAGE, Flavour, lacking
@@ -29,6 +30,24 @@ from storms import (
 from pagemapcompat import Cursor, ScanResult
 
 
+def account(counts: Counts) -> None:
+    """All that was written was reported."""
+    assert counts.accounted == counts.writes > 0
+    assert counts.collects > 0
+    figures.add(
+        "storms",
+        {
+            "storms": 1,
+            "writes": counts.writes,
+            "writes accounted for": counts.accounted,
+            "collects": counts.collects,
+            "pages reported": counts.pages,
+            "faults": counts.faults,
+            "interrupts": counts.interrupts,
+        },
+    )
+
+
 def run(
     flavour: Flavour, mix: Mix, seed: int, rounds: int, phases: int = 1, check: Callable[[Counts], object] = str
 ) -> None:
@@ -37,8 +56,7 @@ def run(
 
     def go() -> None:
         counts = Storm(flavour, mix, seed).run(rounds, phases)
-        assert counts.accounted == counts.writes > 0
-        assert counts.collects > 0
+        account(counts)
         check(counts)
 
     in_child(go)
@@ -79,8 +97,7 @@ def test_random_storms(flavour: Flavour, seed: int) -> None:
     library()
 
     def go() -> None:
-        counts = storm(flavour, seed, 12)
-        assert counts.accounted == counts.writes > 0
+        account(storm(flavour, seed, 12))
 
     in_child(go)
 
@@ -98,7 +115,15 @@ def test_nobody_starves(flavour: Flavour, cpus: int) -> None:
         counts = Storm(flavour, mix, 5).run(50)
         assert min(counts.by_writer) >= 50
         assert min(counts.gaps) > 5
-        assert counts.accounted == counts.writes
+        account(counts)
+        figures.add(
+            f"fairness on {cpus} CPU, {flavour.name}",
+            {
+                "collects": counts.collects // mix.readers,
+                "of them with news of the slowest writer": min(counts.gaps),
+                "writes by it": min(counts.by_writer),
+            },
+        )
 
     library()
     in_child(go)
