@@ -226,10 +226,12 @@ def clone_that_pauses() -> int:
 
 
 def hold_fault_thread_back() -> None:
-    """On one CPU, and with every other thread before it, it goes on only once all others sleep."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    (thread,) = (task for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat")
-    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+    """All threads on one CPU, and every other one before it: it goes on only once all others sleep."""
+    cpu = min(os.sched_getaffinity(0))
+    for task in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(task), {cpu})
+        if name_of(task) == "pagemapcompat":
+            os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
 
 
 def name_of(task: str) -> str:
