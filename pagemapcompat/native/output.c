@@ -162,6 +162,10 @@ void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t
 	for (uint64_t i = 0; i < count; i++) {
 		uint64_t from = (regions[i].start - base) >> page_shift;
 		uint64_t to = (regions[i].end - base) >> page_shift;
+		if (to - from == 1) { // nearly all, where pages are written here and there
+			bits[from / 8] |= (unsigned char)(1u << (from % 8));
+			continue;
+		}
 		for (; from < to && from % 8; from++)
 			bits[from / 8] |= (unsigned char)(1u << (from % 8));
 		if (to - from >= 8) {
