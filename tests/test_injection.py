@@ -159,7 +159,7 @@ def is_transient(name: str, error: int) -> bool:
 
 INFALLIBLE = {
     *("clock_gettime", "getpid", "sigfillset", "sysconf", "__errno_location"),
-    *("memchr", "memcmp", "memcpy", "memmove", "memrchr", "memset", "strchr", "strcmp", "strcspn", "strncmp", "strspn"),
+    *("memchr", "memcmp", "memcpy", "memmove", "memset", "strchr", "strcmp", "strcspn", "strncmp", "strrchr", "strspn"),
     "__stack_chk_fail",
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),

@@ -101,29 +101,26 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *r
 
 #define LOOK_EVERY 32 // faults, at most
 #define MOST_CPUS 8192
+#define NO_CPU UINT32_MAX
+
+struct cpus {
+	uint64_t bits[MOST_CPUS / 64];
+};
 
 struct follower {
 	uint64_t faults; // since the last look
 	uint64_t wait; // so many until the next one
-	int cpu; // it is tied to; -1: to none
-	unsigned long given[MOST_CPUS / 8 / sizeof(unsigned long)]; // the CPUs it may use
+	uint32_t cpu; // it is tied to, or NO_CPU
+	struct cpus given; // those it may use
 };
 
-#define LONG_BITS (8 * sizeof(unsigned long))
-
-// What the kernel last let this thread use. False: that cannot be told.
-static bool get_cpus(unsigned long *mask)
-{
-	memset(mask, 0, MOST_CPUS / 8);
-	return !sched_getaffinity(0, MOST_CPUS / 8, (cpu_set_t *)mask);
-}
-
-// The CPU that a thread of this process last ran on, or -1.
-static int cpu_of(uint32_t thread)
+// The CPU that a thread of this process last ran on, or NO_CPU.
+static uint32_t cpu_of(uint32_t thread)
 {
 	static const char before[] = "/proc/self/task/", after[] = "/stat";
 	char path[sizeof(before) + sizeof(after) + 10], digits[10], stat[1024];
 	size_t length = sizeof(before) - 1, count = 0;
+	uint32_t cpu = 0;
 
 	memcpy(path, before, length);
 	do
@@ -134,49 +131,47 @@ static int cpu_of(uint32_t thread)
 	memcpy(path + length, after, sizeof(after));
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
-		return -1;
+		return NO_CPU;
 	ssize_t got = pread(fd, stat, sizeof(stat) - 1, 0);
 	close(fd);
-	// "tid (name) state ...": the name may hold anything, and processor is the 37th field behind it (proc_pid_stat(5)).
-	const char *at = got > 0 ? memrchr(stat, ')', (size_t)got) : NULL;
-	if (!at)
-		return -1;
+	if (got <= 0)
+		return NO_CPU;
 	stat[got] = 0;
+	// "tid (name) state ...": the name may hold anything, and processor is the 37th field behind it (proc_pid_stat(5)).
+	const char *at = strrchr(stat, ')');
 	for (int field = 0; field < 37 && at; field++)
 		at = strchr(at + 1, ' ');
 	if (!at || at[1] < '0' || at[1] > '9')
-		return -1;
-	int cpu = 0;
+		return NO_CPU;
 	for (at++; *at >= '0' && *at <= '9' && cpu < MOST_CPUS; at++)
-		cpu = 10 * cpu + (*at - '0');
-	return cpu < MOST_CPUS ? cpu : -1;
+		cpu = 10 * cpu + (uint32_t)(*at - '0');
+	return cpu < MOST_CPUS ? cpu : NO_CPU;
 }
 
 static void follow(struct follower *follower, uint32_t thread)
 {
-	unsigned long mask[MOST_CPUS / 8 / sizeof(unsigned long)];
+	struct cpus now, tied = { 0 };
 
 	if (++follower->faults < follower->wait)
 		return;
 	follower->faults = 0;
 	follower->wait = min_u64(2 * follower->wait, LOOK_EVERY);
-	int cpu = cpu_of(thread);
-	if (cpu < 0 || cpu == follower->cpu || !get_cpus(mask))
+	uint32_t cpu = cpu_of(thread);
+	memset(&now, 0, sizeof(now)); // the kernel fills in as many as it has
+	if (cpu == NO_CPU || cpu == follower->cpu || sched_getaffinity(0, sizeof(now), (cpu_set_t *)&now))
 		return;
 	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
-	unsigned long tied = follower->cpu < 0 ? 0 : 1ul << follower->cpu % LONG_BITS;
-	bool ours = tied && mask[follower->cpu / LONG_BITS] == tied;
-	for (size_t i = 0; i < sizeof(mask) / sizeof(*mask) && ours; i++)
-		ours = !mask[i] || i == (size_t)follower->cpu / LONG_BITS;
-	if (!ours) {
-		memcpy(follower->given, mask, sizeof(mask));
-		follower->cpu = -1;
+	if (follower->cpu != NO_CPU)
+		bit_set(tied.bits, follower->cpu);
+	if (memcmp(&now, &tied, sizeof(now)) != 0) {
+		follower->given = now;
+		follower->cpu = NO_CPU;
 	}
-	if (!(follower->given[cpu / LONG_BITS] >> cpu % LONG_BITS & 1))
+	if (!bit_test(follower->given.bits, cpu))
 		return;
-	memset(mask, 0, sizeof(mask));
-	mask[cpu / LONG_BITS] = 1ul << cpu % LONG_BITS;
-	if (!sched_setaffinity(0, sizeof(mask), (cpu_set_t *)mask))
+	memset(&tied, 0, sizeof(tied));
+	bit_set(tied.bits, cpu);
+	if (!sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied))
 		follower->cpu = cpu;
 }
 
@@ -197,7 +192,7 @@ static int serve(struct pmc_tracker *tracker)
 {
 	struct uffd_msg messages[MESSAGES];
 	struct span woken[MESSAGES];
-	struct follower follower = { .wait = 1, .cpu = -1 };
+	struct follower follower = { .wait = 1, .cpu = NO_CPU };
 
 	for (;;) {
 		size_t answers = 0;
