@@ -115,12 +115,20 @@ MADV_GUARD_INSTALL: int = lib.PMC_MADV_GUARD_INSTALL
 MAP_NORESERVE: int = lib.PMC_MAP_NORESERVE
 MAP_HUGETLB: int = lib.PMC_MAP_HUGETLB
 
+
+
+def _references() -> int:
+    """What getrefcount() says of an object that one variable has: it depends on how Python passes arguments."""
+    result = [object()].pop(0)
+    return getrefcount(result)
+
+
 _gc = ffi.gc
 _from_buffer = ffi.from_buffer
 _BYTES = ffi.typeof("unsigned char[]")
 _new_result = ffi.new_allocator(should_clear_after_alloc=True)
 _release_result = lib.pmc_result_release
-_ONE_REFERENCE = 2  # and the argument itself
+_ONE_REFERENCE = _references()
 _RESULT = ffi.typeof("struct pmc_result *")
 _REGION_SIZE = ffi.sizeof("struct page_region")
 _REGION = Struct("=QQQ")

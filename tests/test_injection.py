@@ -161,6 +161,7 @@ INFALLIBLE = {
     *("clock_gettime", "getpid", "sigfillset", "sysconf", "__errno_location"),
     *("memchr", "memcmp", "memcpy", "memmove", "memset", "strchr", "strcmp", "strcspn", "strncmp", "strrchr", "strspn"),
     "__stack_chk_fail",
+    "gettid",
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
     "pthread_sigmask",

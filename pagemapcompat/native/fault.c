@@ -5,8 +5,8 @@
 // nor anything that a thread holding the GIL may hold: no Python, no malloc, no stdio, no mutex of the tracker. What is left:
 //  - memory: the tracker's own pages, this thread's own stack. None of it can be tracked (pmc_range_create refuses).
 //  - one lock, fault_lock, which others hold only around system calls that touch nothing but the tracker's own pages.
-//  - system calls: read, ioctl, futex; and to follow its writers open, pread, close and two that concern the CPUs, of which each may fail.
-// If one of the first three fails there is nobody left to wake the writers, so everything is unregistered first, which wakes
+//  - system calls: read, ioctl, futex.
+// If one of these fails there is nobody left to wake the writers, so everything is unregistered first, which wakes
 // them and lets their stores through untracked; the next call on the tracker fails loudly.
 //
 // The thread lives from pmc_tracker_create to pmc_tracker_close, with all signals blocked. It does not survive a fork.
@@ -91,28 +91,77 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *r
 	return rc;
 }
 
+static bool contains(const struct span *spans, size_t count, uint64_t address)
+{
+	for (size_t i = 0; i < count; i++)
+		if (address >= spans[i].start && address < spans[i].end)
+			return true;
+	return false;
+}
+
+// Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it was called
+// with, so a descriptor that somebody closes or replaces under us makes the next ioctl fail, while poll would go to sleep on
+// whatever has the number now, and keep the old file, its registrations and their writers with it (seen on 6.18).
+static int serve(struct pmc_tracker *tracker)
+{
+	struct uffd_msg messages[MESSAGES];
+	struct span woken[MESSAGES];
+
+	for (;;) {
+		size_t answers = 0;
+		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
+		if (got < 0 && (errno == EINTR || errno == EAGAIN))
+			continue;
+		if (got < 0)
+			return -errno;
+		// Nothing but faults was asked for in the handshake, so anything else comes from somebody else's file.
+		if (!got || (size_t)got % sizeof(*messages))
+			return -EBADF;
+		for (size_t i = 0; i < (size_t)got / sizeof(*messages); i++) {
+			if (messages[i].event != UFFD_EVENT_PAGEFAULT)
+				return -EBADF;
+			uint64_t address = messages[i].arg.pagefault.address;
+			// Its writer was woken with the one before, and may be through: by now the page may have been collected, and
+			// opening it again would make it one that was written. A message that is not read yet goes with its writer.
+			if (contains(woken, answers, address))
+				continue;
+			int rc = resolve(tracker, address, &woken[answers++]);
+			if (rc || align_down(address, page_size_of(tracker)) == (uint64_t)(uintptr_t)tracker->bell)
+				return rc;
+		}
+		atomic_store_explicit(&tracker->writer, messages[0].arg.pagefault.thread_id, memory_order_relaxed);
+	}
+}
+
+static void *fault_thread(void *arg)
+{
+	struct pmc_tracker *tracker = arg;
+	atomic_store(&tracker->thread_id, (int)gettid());
+	int rc = serve(tracker);
+	if (rc) {
+		atomic_store(&tracker->fault_errno, -rc);
+		pmc_fair_lock(&tracker->fault_lock);
+		for (struct pmc_range *range = tracker->ranges; range; range = range->next)
+			pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
+		pmc_fair_unlock(&tracker->fault_lock);
+	}
+	// Also after an answer, which may have been only to look again.
+	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
+	pmc_unregister_all(tracker, &tracker->thread_vmas, bell, bell + page_size_of(tracker));
+	return NULL;
+}
+
 // ---- Where it runs ------------------------------------------------------------------------------------------
 //
 // A writer whose fault thread is on its own CPU waits for two switches of context; else each has to wake the other's CPU, which takes
-// 10 to 20 times as long where that is a virtual one and idle. The scheduler leaves the thread wherever it was. So the thread
-// looks now and then where its writers are and ties itself to that CPU. It looks at the first fault, the second, the fourth and so on,
-// in the end at each 32nd: a look takes as long as a fault. Several writers on several CPUs draw it to and fro no more often.
-// It never leaves the CPUs it was given: those of the thread that made the tracker, or what somebody else says later.
+// 10 to 20 times as long where that is a virtual one and idle. The scheduler leaves the thread wherever it was. So scans and resets
+// look where the last writer is, and tie the thread to that CPU: after the first fault, the second, the fourth and so on, in the end
+// after each 32, for a look takes as long as a fault. Writers on several CPUs draw it to and fro no more often. It never leaves the CPUs
+// it was given: those of the thread that made the tracker, or what somebody else says later. It does not look itself: files in /proc
+// have locks, which a thread may hold that waits for it.
 
 #define LOOK_EVERY 32 // faults, at most
-#define MOST_CPUS 8192
 #define NO_CPU UINT32_MAX
-
-struct cpus {
-	uint64_t bits[MOST_CPUS / 64];
-};
-
-struct follower {
-	uint64_t faults; // since the last look
-	uint64_t wait; // so many until the next one
-	uint32_t cpu; // it is tied to, or NO_CPU
-	struct cpus given; // those it may use
-};
 
 // The CPU that a thread of this process last ran on, or NO_CPU.
 static uint32_t cpu_of(uint32_t thread)
@@ -143,101 +192,41 @@ static uint32_t cpu_of(uint32_t thread)
 		at = strchr(at + 1, ' ');
 	if (!at || at[1] < '0' || at[1] > '9')
 		return NO_CPU;
-	for (at++; *at >= '0' && *at <= '9' && cpu < MOST_CPUS; at++)
+	for (at++; *at >= '0' && *at <= '9' && cpu < PMC_CPUS; at++)
 		cpu = 10 * cpu + (uint32_t)(*at - '0');
-	return cpu < MOST_CPUS ? cpu : NO_CPU;
+	return cpu < PMC_CPUS ? cpu : NO_CPU;
 }
 
-static void follow(struct follower *follower, uint32_t thread)
+void pmc_follow_writers(struct pmc_tracker *tracker)
 {
-	struct cpus now, tied = { 0 };
-
-	if (++follower->faults < follower->wait)
+	uint64_t faults = atomic_load_explicit(&tracker->faults, memory_order_relaxed);
+	if (faults - tracker->faults_seen < tracker->faults_to_wait || !tracker->thread_started || atomic_load(&tracker->fault_errno))
 		return;
-	follower->faults = 0;
-	follower->wait = min_u64(2 * follower->wait, LOOK_EVERY);
-	uint32_t cpu = cpu_of(thread);
-	memset(&now, 0, sizeof(now)); // the kernel fills in as many as it has
-	if (cpu == NO_CPU || cpu == follower->cpu || sched_getaffinity(0, sizeof(now), (cpu_set_t *)&now))
+	tracker->faults_seen = faults;
+	tracker->faults_to_wait = min_u64(2 * tracker->faults_to_wait, LOOK_EVERY);
+	// 0 where the handshake did not ask for it, and for whoever is in no namespace of ours.
+	uint32_t writer = atomic_load_explicit(&tracker->writer, memory_order_relaxed);
+	uint32_t cpu = writer ? cpu_of(writer) : NO_CPU;
+	int thread = atomic_load(&tracker->thread_id);
+	struct cpus now = { 0 }, tied = { 0 }; // the kernel fills in as many as it has
+	if (cpu == NO_CPU || cpu == tracker->cpu || sched_getaffinity(thread, sizeof(now), (cpu_set_t *)&now))
 		return;
 	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
-	if (follower->cpu != NO_CPU)
-		bit_set(tied.bits, follower->cpu);
+	if (tracker->cpu != NO_CPU)
+		bit_set(tied.bits, tracker->cpu);
 	if (memcmp(&now, &tied, sizeof(now)) != 0) {
-		follower->given = now;
-		follower->cpu = NO_CPU;
+		tracker->cpus = now;
+		tracker->cpu = NO_CPU;
 	}
-	if (!bit_test(follower->given.bits, cpu))
+	if (!bit_test(tracker->cpus.bits, cpu))
 		return;
 	memset(&tied, 0, sizeof(tied));
 	bit_set(tied.bits, cpu);
-	if (!sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied))
-		follower->cpu = cpu;
+	if (!sched_setaffinity(thread, sizeof(tied), (cpu_set_t *)&tied))
+		tracker->cpu = cpu;
 }
 
-// ---- What it does -------------------------------------------------------------------------------------------
-
-static bool contains(const struct span *spans, size_t count, uint64_t address)
-{
-	for (size_t i = 0; i < count; i++)
-		if (address >= spans[i].start && address < spans[i].end)
-			return true;
-	return false;
-}
-
-// Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it was called
-// with, so a descriptor that somebody closes or replaces under us makes the next ioctl fail, while poll would go to sleep on
-// whatever has the number now, and keep the old file, its registrations and their writers with it (seen on 6.18).
-static int serve(struct pmc_tracker *tracker)
-{
-	struct uffd_msg messages[MESSAGES];
-	struct span woken[MESSAGES];
-	struct follower follower = { .wait = 1, .cpu = NO_CPU };
-
-	for (;;) {
-		size_t answers = 0;
-		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
-		if (got < 0 && (errno == EINTR || errno == EAGAIN))
-			continue;
-		if (got < 0)
-			return -errno;
-		// Nothing but faults was asked for in the handshake, so anything else comes from somebody else's file.
-		if (!got || (size_t)got % sizeof(*messages))
-			return -EBADF;
-		for (size_t i = 0; i < (size_t)got / sizeof(*messages); i++) {
-			if (messages[i].event != UFFD_EVENT_PAGEFAULT)
-				return -EBADF;
-			uint64_t address = messages[i].arg.pagefault.address;
-			// Its writer was woken with the one before, and may be through: by now the page may have been collected, and
-			// opening it again would make it one that was written. A message that is not read yet goes with its writer.
-			if (contains(woken, answers, address))
-				continue;
-			int rc = resolve(tracker, address, &woken[answers++]);
-			if (rc || align_down(address, page_size_of(tracker)) == (uint64_t)(uintptr_t)tracker->bell)
-				return rc;
-		}
-		// 0 where the handshake did not ask for it, and for whoever is in no namespace of ours.
-		if (messages[0].arg.pagefault.thread_id)
-			follow(&follower, messages[0].arg.pagefault.thread_id);
-	}
-}
-
-static void *fault_thread(void *arg)
-{
-	struct pmc_tracker *tracker = arg;
-	int rc = serve(tracker);
-	if (rc) {
-		atomic_store(&tracker->fault_errno, -rc);
-		pmc_fair_lock(&tracker->fault_lock);
-		for (struct pmc_range *range = tracker->ranges; range; range = range->next)
-			pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
-		pmc_fair_unlock(&tracker->fault_lock);
-	}
-	// Also after an answer, which may have been only to look again.
-	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
-	pmc_unregister_all(tracker, &tracker->thread_vmas, bell, bell + page_size_of(tracker));
-	return NULL;
-}
+// ---- Its life -----------------------------------------------------------------------------------------------
 
 // The bell is a protected page of our own. Writing to it is a fault like any other, so it gets the thread out of its read; and as the
 // thread ends only after it has answered it, whoever rings is never left standing.
@@ -287,6 +276,8 @@ static int start_on_stack(struct pmc_tracker *tracker, size_t size)
 
 int pmc_fault_thread_start(struct pmc_tracker *tracker)
 {
+	tracker->faults_to_wait = 1;
+	tracker->cpu = NO_CPU;
 	tracker->operation = "fcntl";
 	int flags = fcntl(tracker->uffd, F_GETFL);
 	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))

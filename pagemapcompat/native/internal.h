@@ -11,6 +11,7 @@
 
 #define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64. An answer of no more is kept to be used again
 #define PMC_VECTOR (8 * PMC_REGIONS) // regions of one call of an engine: a call for each 512 takes 0.4 us more each time
+#define PMC_CPUS 8192 // at most; with more the fault thread stays where it is
 #define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
 #define PMC_WORDS ((32 << 10) / sizeof(uint64_t)) // 32 KiB of pagemap words: from 16 on reading gets no faster
 
@@ -183,6 +184,10 @@ struct pmc_cursor {
 	uint64_t owed_count;
 };
 
+struct cpus {
+	uint64_t bits[PMC_CPUS / 64];
+};
+
 struct pmc_tracker {
 	atomic_int references;
 	int uffd;
@@ -204,6 +209,12 @@ struct pmc_tracker {
 	size_t stack_size;
 	atomic_int fault_errno; // not 0: the fault thread has ended
 	atomic_ullong faults;
+	atomic_uint writer; // the thread whose fault was resolved last, or 0
+	atomic_int thread_id; // of the fault thread
+	uint64_t faults_seen; // when the writer was last looked for
+	uint64_t faults_to_wait; // until it is again
+	uint32_t cpu; // that the fault thread is tied to
+	struct cpus cpus; // those that it was given
 	struct vmas thread_vmas; // the fault thread's own
 
 	struct vmas vmas;
@@ -259,6 +270,8 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 
 int pmc_fault_thread_start(struct pmc_tracker *tracker);
 void pmc_fault_thread_stop(struct pmc_tracker *tracker);
+// Moves the fault thread to the CPU of its last writer, now and then. Under the mutex; not in the fault thread.
+void pmc_follow_writers(struct pmc_tracker *tracker);
 
 // -- owed.c; all under the tracker's mutex ----------------------------------------------------------------------
 
@@ -268,7 +281,7 @@ void pmc_cursor_settle(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
 // Owes [start, end) to every cursor of the range but *except*.
 void pmc_owe_others(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
 
-// -- The engines: each answers pm_scan_arg as PAGEMAP_SCAN would, for one piece of a range, always asked for
+// -- The engines: each answers pm_scan_arg as PAGEMAP_SCAN would (and owes what it took and cannot put there), for one piece of a range, always asked for
 //    PAGE_IS_WRITTEN alone. Their walk_end is right on every return: all before it is answered, and with
 //    PM_SCAN_WP_MATCHING protected. -ENOENT: the memory at walk_end is mapped and not registered. ------------
 
@@ -288,8 +301,10 @@ int pmc_own_words_read(struct pmc_tracker *tracker, uint64_t start, uint64_t cou
 int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
 // Bytes of range->bare, one bit a unit; 0 where units do not pay, or cannot be told from others.
 size_t pmc_kernel_bare_size(const struct pmc_range *range);
-// Takes all units for bare that lie in the range as a whole. Before its first reset.
-void pmc_kernel_bare_all(struct pmc_range *range);
+// Takes all units for bare that lie in barred private memory of the range as a whole. Once, before its first reset. 0 or -errno.
+int pmc_kernel_bare_all(struct pmc_range *range);
+// Arms all units, for good. 0 or -errno.
+int pmc_kernel_arm_all(struct pmc_range *range);
 int pmc_kernel_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
 		     uint64_t *walk_end);
 int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to);

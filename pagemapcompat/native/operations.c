@@ -239,26 +239,18 @@ static int next_owed(struct pmc_cursor *cursor, uint64_t start, uint64_t end, ui
 static int next_written(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t *ret)
 {
 	struct pmc_range *range = cursor->range;
-	uint64_t owed, limit;
-	int rc;
+	uint64_t limit;
+	int rc = next_owed(cursor, start, end, &limit);
 
-	*ret = start;
-	do {
-		owed = cursor->owed_count;
-		rc = next_owed(cursor, start, end, &limit);
-		for (uint64_t pos = start; pos < limit && !rc;) {
-			const struct piece *piece = pmc_piece_at(range, pos);
-			rc = run_engine(range, piece, pos, min_u64(limit, piece->end), 0, 1, false, &pos);
-			if (rc > 0)
-				limit = range->tracker->regions[0].start;
-			drain(cursor, rc, false, NULL);
-		}
-		// A unit that was armed meanwhile owes what came to it.
-	} while (rc >= 0 && cursor->owed_count != owed);
-	if (rc < 0)
-		return rc;
-	*ret = limit;
-	return 0;
+	for (uint64_t pos = start; pos < limit && !rc;) {
+		const struct piece *piece = pmc_piece_at(range, pos);
+		rc = run_engine(range, piece, pos, min_u64(limit, piece->end), 0, 1, false, &pos);
+		if (rc > 0)
+			limit = range->tracker->regions[0].start;
+		drain(cursor, rc, false, NULL);
+	}
+	*ret = rc < 0 ? start : limit;
+	return rc < 0 ? rc : 0;
 }
 
 static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
@@ -377,6 +369,7 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 	tracker->scans++;
 	if (flags & PMC_ENGAGE)
 		tracker->pages += result->pages;
+	pmc_follow_writers(tracker);
 	rc = pmc_leave(tracker, rc, result);
 	return rc ? rc : (int)min_u64(result->count, INT32_MAX);
 }
@@ -420,6 +413,7 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 	pmc_cursor_settle(cursor, start, pos);
 	result->walk_end = pos;
 	cursor->range->tracker->resets++;
+	pmc_follow_writers(cursor->range->tracker);
 	return pmc_leave(cursor->range->tracker, rc, result);
 }
 

@@ -309,7 +309,6 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 		range->bare = pmc_own_pages(tracker, range->start, range->end, range->bare_size);
 		if (!range->bare)
 			return -ENOMEM;
-		pmc_kernel_bare_all(range);
 	}
 	int rc = pmc_register_stretch(range, range->start, range->end);
 	if (rc)
@@ -321,6 +320,8 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	pmc_fair_unlock(&tracker->fault_lock);
 	range->open = true;
 	rc = check_fault_thread(tracker, range->start, range->end);
+	if (!rc && range->bare)
+		rc = pmc_kernel_bare_all(range);
 	if (!rc)
 		rc = pmc_reset_stretch(range, range->start, range->end, &walk_end);
 	if (rc == -ENOENT) {

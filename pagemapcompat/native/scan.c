@@ -12,8 +12,6 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 #include "internal.h"
 
@@ -193,10 +191,12 @@ static uint64_t huge_size(const struct pmc_tracker *tracker)
 // ---- Bare units -----------------------------------------------------------------------------------------------
 //
 // A great reserve of which little is used must not cost what is not there: marks for all of its empty pages would fill page tables that
-// each scan walks. So private memory is armed by units, and one in which nothing is stays bare. There the kernel is asked for pages that
-// are present or swapped, which it skips over by whole page tables. When something has come, also to a peek, the unit is armed as a
-// whole, in one query that takes each page. It was empty: what is zero has not changed (a read puts the zero page there, a write may
-// bring a whole huge page), anything else is owed to all cursors. From then on its empty pages have marks, which a discard takes away.
+// each scan walks. So private memory that is barred when it is tracked is armed by units, and one in which nothing is stays bare. There
+// the kernel is asked for pages that are present or swapped, which it skips over by whole page tables; the zero page, which a read puts
+// there, is none. When something has come, the unit is armed as a whole, in one query that takes each page, and what was in it is owed to
+// all cursors. From then on its empty pages have marks, which a discard takes away. What this costs: a first write that brings a huge page
+// counts as one to all of it, so such a range is not exact; and a page that came and was discarded again between two calls leaves no
+// trace, as it leaves no content.
 
 #define UNIT_TABLES 16 // lowest page tables of a unit: 32 MiB with pages of 4 KiB
 
@@ -220,12 +220,29 @@ size_t pmc_kernel_bare_size(const struct pmc_range *range)
 	return (unit_index(range, range->end) / 64 + 1) * sizeof(*range->bare);
 }
 
-void pmc_kernel_bare_all(struct pmc_range *range)
+int pmc_kernel_bare_all(struct pmc_range *range)
 {
-	uint64_t size = unit_size(range->tracker);
-	uint64_t from = align_up(range->start, size), to = align_down(range->end, size);
-	if (from < to)
-		(void)pmc_bits_fill(range->bare, unit_index(range, from), unit_index(range, to), true);
+	uint64_t size = unit_size(range->tracker), barred = range->start;
+	struct vma vma;
+
+	// *barred*: from there on up to *pos* all is.
+	for (uint64_t pos = range->start; pos < range->end;) {
+		int rc = pmc_find_vma(range->tracker, pos, &vma);
+		if (rc < 0)
+			return rc;
+		bool found = rc && vma.start <= pos;
+		uint64_t end = rc ? min_u64(found ? vma.end : vma.start, range->end) : range->end;
+		bool more = found && !vma.protection && vma.kind == PMC_KIND_ANON;
+		if (more)
+			pos = end;
+		if (!more || end == range->end) {
+			uint64_t from = align_up(barred, size), to = align_down(pos, size);
+			if (from < to && pmc_bits_fill(range->bare, unit_index(range, from), unit_index(range, to), true))
+				range->exact = false;
+			barred = pos = end;
+		}
+	}
+	return 0;
 }
 
 // Whether the unit at *start* is bare, and up to where, at most *end*, the next ones are as it is.
@@ -240,43 +257,20 @@ static bool is_bare(const struct pmc_range *range, const struct piece *piece, ui
 	return bare;
 }
 
-// Asks for one page that came to a bare unit. The zero page is none; where the kernel takes the huge one for another, it is looked at.
-static struct pm_scan_arg present_arg(uint64_t start, uint64_t end, struct page_region *vec)
+// Asks for pages that came to bare units.
+static struct pm_scan_arg present_arg(uint64_t start, uint64_t end, struct page_region *vec, uint64_t len)
 {
 	return (struct pm_scan_arg){
 		.flags = PM_SCAN_CHECK_WPASYNC,
 		.start = start,
 		.end = end,
 		.vec = (uint64_t)(uintptr_t)vec,
-		.vec_len = 1,
+		.vec_len = len,
 		.category_inverted = PAGE_IS_PFNZERO,
 		.category_mask = PAGE_IS_WRITTEN | PAGE_IS_PFNZERO,
 		.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 		.return_mask = PAGE_IS_WRITTEN,
 	};
-}
-
-// Owes the pages of [start, end) that are not zero to all cursors, and those that cannot be read.
-static void owe_content(struct pmc_range *range, uint64_t start, uint64_t end)
-{
-	struct pmc_tracker *tracker = range->tracker;
-	uint64_t size = page_size_of(tracker);
-	char *buffer = (char *)tracker->words;
-
-	while (start < end) {
-		struct iovec local = { buffer, min_u64(end - start, align_down(sizeof(tracker->words), size)) };
-		struct iovec remote = { (void *)(uintptr_t)start, local.iov_len };
-		ssize_t got = process_vm_readv(getpid(), &local, 1, &remote, 1, 0);
-		uint64_t pages = got > 0 ? (uint64_t)got >> tracker->page_shift : 0;
-		for (uint64_t i = 0; i < pages; i++)
-			if (!pmc_is_zero((const unsigned char *)buffer + i * size, tracker->page_shift))
-				pmc_owe_others(range, start + i * size, start + (i + 1) * size, NULL);
-		start += pages * size;
-		if (!pages) {
-			pmc_owe_others(range, start, start + size, NULL);
-			start += size;
-		}
-	}
 }
 
 // Pages that whoever asks has no wish to be told of.
@@ -302,25 +296,34 @@ static int arm_unit(struct pmc_range *range, uint64_t address, struct forgotten 
 			.vec = (uint64_t)(uintptr_t)vec,
 			.vec_len = PMC_VECTOR,
 			.category_mask = PAGE_IS_WRITTEN,
-			.return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_PFNZERO,
 		};
 		pos = take.end;
-		if (piece->kind == PMC_KIND_HUGETLB)
-			continue;
+		if (piece->kind != PMC_KIND_ANON)
+			continue; // was mapped in between, and is armed
 		uint64_t count = scan(tracker, &take, &error);
 		for (uint64_t i = 0; i < count; i++) {
 			uint64_t from = vec[i].start, to = vec[i].end;
-			if (!(vec[i].categories & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED)))
+			if (!(vec[i].categories & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED)) || vec[i].categories & PAGE_IS_PFNZERO)
 				continue;
 			if (from < forgotten.start)
-				owe_content(range, from, min_u64(to, forgotten.start));
+				pmc_owe_others(range, from, min_u64(to, forgotten.start), NULL);
 			if (to > forgotten.end)
-				owe_content(range, max_u64(from, forgotten.end), to);
+				pmc_owe_others(range, max_u64(from, forgotten.end), to, NULL);
 		}
 		memset(vec, 0, count * sizeof(*vec));
 		pos = take.walk_end;
 	}
 	return error;
+}
+
+int pmc_kernel_arm_all(struct pmc_range *range)
+{
+	uint64_t size = unit_size(range->tracker), last = unit_index(range, range->end - 1) + 1;
+	int rc = 0;
+	for (uint64_t unit = 0; !rc && (unit = pmc_bits_find(range->bare, unit, last, true)) < last;)
+		rc = arm_unit(range, align_down(range->start, size) + unit * size, (struct forgotten){ 0 });
+	return rc;
 }
 
 static int scan_piece(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg, struct forgotten forgotten)
@@ -341,12 +344,13 @@ static int scan_piece(struct pmc_range *range, const struct piece *piece, struct
 	for (unsigned looks = 0; looks < PMC_LOOKS; looks++) {
 		struct page_region *vec = (struct page_region *)(uintptr_t)arg->vec;
 		uint64_t len = vec_len_for(tracker, start, end, arg->vec_len);
-		struct pm_scan_arg take = bare ? present_arg(start, end, vec) : written_arg(start, end, engage, vec, len);
+		struct pm_scan_arg take = bare ? present_arg(start, end, vec, engage ? 1 : len) :
+						 written_arg(start, end, engage, vec, len);
 		int error;
-		take.max_pages = bare ? 0 : arg->max_pages;
+		take.max_pages = bare && engage ? 0 : arg->max_pages;
 		uint64_t count = twice ? scan_twice(tracker, &take, &error) : scan(tracker, &take, &error);
 		arg->walk_end = take.walk_end;
-		if (bare && count) {
+		if (bare && engage && count) {
 			// What was in it is owed now: the caller goes on there.
 			uint64_t address = vec->start;
 			arg->walk_end = max_u64(align_down(address, unit_size(tracker)), start);
@@ -429,16 +433,19 @@ static int take_and_forget(struct pmc_range *range, const struct piece *piece, u
 	return 0;
 }
 
-// Whether *range* begins or ends at *address* so that no huge page lies across: a huge page has one mapping, and one mapping has one
-// userfaultfd, so what lies beside the range is in another mapping, unless this tracker watches it too.
+// Whether no huge page can lie across *address*. A huge page has one mapping, and one mapping has one userfaultfd: so none does where
+// the range begins, unless the memory before it is this tracker's too; where it ends, unless the mapping was extended in place.
 static bool is_seam(const struct pmc_range *range, uint64_t address)
 {
-	if (address != range->start && address != range->end)
-		return false;
-	for (const struct pmc_range *other = range->tracker->ranges; other; other = other->next)
+	struct pmc_tracker *tracker = range->tracker;
+	struct vma vma;
+	for (const struct pmc_range *other = tracker->ranges; other; other = other->next)
 		if (other != range && (address == other->start || address == other->end))
 			return false;
-	return true;
+	if (address == range->start)
+		return true;
+	return address == range->end && tracker->vmas.query &&
+	       pmc_find_vma(tracker, address - page_size_of(tracker), &vma) > 0 && vma.end == address;
 }
 
 static int reset_armed(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
@@ -446,7 +453,7 @@ static int reset_armed(struct pmc_range *range, const struct piece *piece, uint6
 {
 	uint64_t huge = huge_size(range->tracker);
 	uint64_t inner = is_seam(range, start) ? start : min_u64(align_up(start, huge), end);
-	uint64_t inner_end = is_seam(range, end) ? end : max_u64(align_down(end, huge), inner);
+	uint64_t inner_end = end == align_down(end, huge) || is_seam(range, end) ? end : max_u64(align_down(end, huge), inner);
 	int rc = take_and_forget(range, piece, start, inner, walk_end);
 	if (!rc && inner < inner_end)
 		rc = protect_only(range, inner, inner_end, walk_end);

@@ -324,8 +324,10 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 		// After another error nobody knows how far it got: the run stays in the answer, protected or still written.
 		last = rc == -ENOENT ? untracked : to;
 	}
-	if (whole && !rc && *stop > pos) {
-		rc = pmc_protect(tracker, pos, *stop, pass->unit_shift, 1, &untracked);
+	// What is done stays done: an untracked page among it is the next call's.
+	uint64_t rest = logs(tracker) ? pos : last;
+	if (whole && !rc && *stop > rest) {
+		rc = pmc_protect(tracker, rest, *stop, pass->unit_shift, 1, &untracked);
 		last = rc == -ENOENT ? untracked : *stop;
 	}
 	// Without marks, what may be open stays in the log, and with it in the next answer instead of this one.
