@@ -434,7 +434,7 @@ class Backend:
             raise NotTrackableError.make(
                 EDEADLK,
                 "track",
-                f"{asked} holds the caller's stack or this library's own memory",
+                f"{asked}, or memory that is tracked, holds the caller's stack or this library's own memory",
                 range=asked,
                 hint="a write fault there could not be answered; track only memory that you allocated",
             )

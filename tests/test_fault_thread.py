@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import shutil
@@ -9,13 +10,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from children import Crew, Mirror, in_child, name_of
-from conftest import PAGE, Flavour, flavours, lacking, libc, pages_of, private, run_child, use_flavour, write
+from children import Crew, Mirror, in_child, name_of, plain
+from conftest import PAGE, Flavour, claims, flavours, lacking, libc, pages_of, private, run_child, use_flavour, write
 
-from pagemapcompat import AddressRange, ClosedError, DirtyTracker, FaultThreadError, KernelError, TrackedRange
+from pagemapcompat import (
+    AddressRange,
+    ClosedError,
+    DirtyTracker,
+    FaultThreadError,
+    Guarantee,
+    KernelError,
+    NotTrackableError,
+    TrackedRange,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -203,6 +214,51 @@ def test_the_fault_thread_takes_no_signal(uffd_wp: Flavour) -> None:
             assert name.read().startswith("pagemapcompat"[:15])
     for number in (1, 2, 10, 14, 15):
         assert int(blocked, 16) >> (number - 1) & 1
+
+
+def stack_of_this_thread() -> AddressRange:
+    """Where the C library put it."""
+    start, size, attributes = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    plain.pthread_self.restype = ctypes.c_ulong
+    assert plain.pthread_getattr_np(ctypes.c_ulong(plain.pthread_self()), attributes) == 0
+    assert plain.pthread_attr_getstack(attributes, ctypes.byref(start), ctypes.byref(size)) == 0
+    return AddressRange.from_length(start.value, size.value).aligned_out()
+
+
+def below_its_frames() -> AddressRange:
+    """What calls of this library reach of the stack of this thread, and its own calls do not."""
+    end = stack_of_this_thread().end
+    return AddressRange(end - (128 << 10), end - (64 << 10))
+
+
+def its_errno() -> AddressRange:
+    """The page that failing calls of this thread store into."""
+    plain.__errno_location.restype = ctypes.c_size_t
+    return AddressRange.from_length(plain.__errno_location() // PAGE * PAGE, PAGE)
+
+
+@pytest.mark.parametrize("where", [below_its_frames, its_errno], ids=lambda where: where.__name__)
+def test_a_caller_whose_own_memory_is_tracked(uffd_wp: Flavour, where: Callable[[], AddressRange]) -> None:
+    """It is refused: who must not fault while it holds the fault thread's lock would."""
+    memory = private(8)
+
+    def refused(calls: list[Callable[[], object]]) -> None:
+        for call in calls:
+            with pytest.raises(NotTrackableError, match="stack"):
+                call()
+
+    def check() -> None:
+        with uffd_wp.tracker() as tracker, ThreadPoolExecutor(1) as one:
+            if not claims(tracker, Guarantee.KERNEL_WRITES):
+                return  # the kernel keeps notes of its own on such pages
+            ram = tracker.track(memory)
+            other = tracker.track(one.submit(where).result())
+            wrote = write(memory, 3)
+            one.submit(refused, [ram.peek, ram.collect, ram.reset, ram.rearm, tracker.statistics]).result()
+            other.close()
+            assert pages_of(one.submit(ram.collect).result()) == wrote
+
+    in_child(check, seconds=20)
 
 
 @pytest.mark.parametrize("kib", [120, 254, 4096])

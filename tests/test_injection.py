@@ -164,7 +164,7 @@ INFALLIBLE = {
     "gettid",
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
-    "pthread_sigmask",
+    *("pthread_self", "pthread_sigmask"),
 }
 """Imports that cannot fail as they are used: of glibc, and with arguments that are right."""
 

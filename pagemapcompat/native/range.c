@@ -6,9 +6,6 @@
 
 #include "internal.h"
 
-// How far below its frame a call of this library, and the signal handlers on top of it, may use the caller's stack.
-#define STACK_REACH (128 << 10)
-
 static bool overlaps(uint64_t start, uint64_t end, const void *pages, size_t size)
 {
 	uint64_t from = (uint64_t)(uintptr_t)pages;
@@ -300,8 +297,7 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 		// Touched now, so that the fault thread never has to wait for memory.
 		memset(range->log, 0, range->bits_size);
 	}
-	if (is_own_memory(tracker, range->start, range->end) ||
-	    overlaps(range->start, range->end, (char *)__builtin_frame_address(0) - STACK_REACH, STACK_REACH))
+	if (is_own_memory(tracker, range->start, range->end) || pmc_is_callers(range->start, range->end))
 		return -PMC_EOWNMEMORY;
 
 	range->bare_size = pmc_kernel_bare_size(range);

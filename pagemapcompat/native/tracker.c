@@ -12,6 +12,13 @@
 
 #include "internal.h"
 
+// How far below its frame a call of this library, and the signal handlers on top of it, may use the caller's stack; and above that of
+// pmc_enter(), to which there are calls in between.
+#define STACK_REACH (128 << 10)
+#define STACK_ABOVE (4 << 10)
+// How much of what it keeps for each thread the C library changes, in calls that can be cancelled, as pread(2) is.
+#define THREAD_REACH (1 << 10)
+
 int pmc_tracker_state(struct pmc_tracker *tracker)
 {
 	if (!tracker)
@@ -28,6 +35,20 @@ int pmc_tracker_fault_errno(struct pmc_tracker *tracker)
 	return !tracker ? 0 : atomic_load(&tracker->fault_errno);
 }
 
+static bool is_near(uint64_t start, uint64_t end, const void *address, uint64_t below, uint64_t above)
+{
+	uint64_t at = (uint64_t)(uintptr_t)address;
+	return start < at + above && at - below < end;
+}
+
+bool pmc_is_callers(uint64_t start, uint64_t end)
+{
+	// In glibc and in musl a pthread_t is the address of that.
+	return is_near(start, end, __builtin_frame_address(0), STACK_REACH, STACK_ABOVE) ||
+	       is_near(start, end, &errno, 0, sizeof(errno)) ||
+	       is_near(start, end, (const void *)(uintptr_t)pthread_self(), 0, THREAD_REACH);
+}
+
 // Begins a call: 0 with the mutex held, or the reason why there is none.
 int pmc_enter(struct pmc_tracker *tracker)
 {
@@ -37,9 +58,8 @@ int pmc_enter(struct pmc_tracker *tracker)
 	pthread_mutex_lock(&tracker->mutex);
 	rc = pmc_tracker_state(tracker);
 	// A caller whose stack is tracked would wait for the fault thread while that waits for fault_lock.
-	uint64_t here = (uint64_t)(uintptr_t)__builtin_frame_address(0);
 	for (struct pmc_range *range = tracker->ranges; range && !rc && !pmc_is_async(tracker); range = range->next)
-		if (here >= range->start && here < range->end)
+		if (pmc_is_callers(range->start, range->end))
 			rc = -PMC_EOWNMEMORY;
 	if (rc)
 		pthread_mutex_unlock(&tracker->mutex);
