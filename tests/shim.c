@@ -30,7 +30,7 @@ typedef long (*function)(long, ...);
 #define SYMBOLS(X) \
 	X(calloc) X(close) X(fcntl) X(free) X(ioctl) X(lseek) X(madvise) X(malloc) X(mincore) X(mmap) X(mprotect) X(mremap) \
 	X(munlock) X(munmap) X(open) X(prctl) X(pread) X(process_vm_readv) X(pthread_attr_init) \
-	X(pthread_attr_setstack) X(pthread_create) X(pthread_setname_np) X(pthread_timedjoin_np) X(pwrite) X(read) X(realloc) \
+	X(pthread_attr_setstack) X(pthread_create) X(pthread_setname_np) X(pwrite) X(read) X(realloc) \
 	X(sched_getaffinity) X(sched_setaffinity) X(syscall) X(sysinfo)
 
 #define NUMBER_OF(symbol) SYMBOL_##symbol,
@@ -67,6 +67,7 @@ static struct entry entries[] = {
 	BY_REQUEST(syscall, 0, SYS_process_vm_readv),
 	BY_REQUEST(syscall, 0, SYS_process_vm_writev),
 	BY_REQUEST(syscall, 0, SYS_userfaultfd),
+	BY_REQUEST(syscall, 2, FUTEX_WAIT_BITSET_PRIVATE),
 	BY_REQUEST(syscall, 2, FUTEX_WAIT_PRIVATE),
 	BY_REQUEST(syscall, 2, FUTEX_WAKE_PRIVATE),
 	PLAIN(calloc, NULL_POINTER),
@@ -87,7 +88,6 @@ static struct entry entries[] = {
 	PLAIN(pthread_attr_setstack, NUMBER),
 	PLAIN(pthread_create, NUMBER),
 	PLAIN(pthread_setname_np, NUMBER),
-	PLAIN(pthread_timedjoin_np, NUMBER),
 	PLAIN(pwrite, MINUS_ONE),
 	PLAIN(read, MINUS_ONE),
 	PLAIN(realloc, NULL_POINTER),

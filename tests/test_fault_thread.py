@@ -349,3 +349,40 @@ def test_it_stays_on_the_cpus_it_was_given(
             assert os.sched_getaffinity(thread) == {first}
 
     in_child(check)
+
+
+SET_FORWARD = """
+#define _GNU_SOURCE
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+	int rc = syscall(SYS_clock_gettime, clock, now);
+	if (!rc && clock == CLOCK_REALTIME)
+		now->tv_sec -= 3600;
+	return rc;
+}
+"""
+"""What a clock says that is set an hour forward before anybody waits by it."""
+
+
+def test_a_clock_that_is_set_while_a_tracker_is_closed(uffd_wp: Flavour, tmp_path: Path) -> None:
+    """The fault thread is waited for all the same, and everything is given back."""
+    source, library = tmp_path / "clock.c", tmp_path / "clock.so"
+    source.write_text(SET_FORWARD)
+    if not shutil.which("gcc"):
+        lacking("cc", "no C compiler (ENOENT)", "apt-get install gcc")
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True, timeout=60)
+    program = """
+        import mmap
+        from children import resources
+        from pagemapcompat import DirtyTracker
+        DirtyTracker("uffd-wp").close()
+        before = resources()
+        for _ in range(200):  # of which some close before the fault thread has had time to end
+            DirtyTracker("uffd-wp").close()
+        assert resources() == before
+        """
+    run_child(program, env={"LD_PRELOAD": str(library)})

@@ -101,6 +101,7 @@ ERRNOS = {
     "SYS_process_vm_readv": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
     "SYS_process_vm_writev": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
     "SYS_userfaultfd": (EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EPERM),
+    "FUTEX_WAIT_BITSET_PRIVATE": (EAGAIN, EINTR, ETIMEDOUT),
     "FUTEX_WAIT_PRIVATE": (EAGAIN, EINTR),
     "FUTEX_WAKE_PRIVATE": (),  # given an address that is there it wakes whoever waits
     "calloc": (ENOMEM,),
@@ -120,7 +121,6 @@ ERRNOS = {
     "pthread_attr_setstack": (EINVAL,),
     "pthread_create": (EAGAIN, EPERM),
     "pthread_setname_np": (EACCES, EMFILE),
-    "pthread_timedjoin_np": (ETIMEDOUT,),
     "pwrite": (EACCES, EFAULT, EINTR, EIO, ENOMEM),
     "read": (EINTR, EIO, ENOMEM),
     "realloc": (ENOMEM,),
@@ -163,8 +163,8 @@ INFALLIBLE = {
     "__stack_chk_fail",
     "gettid",
     "nanosleep",  # cut short, it was a pause all the same
-    *("pthread_attr_destroy", "pthread_detach", "pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
-    *("pthread_self", "pthread_sigmask"),
+    *("pthread_attr_destroy", "pthread_detach", "pthread_join", "pthread_self", "pthread_sigmask"),
+    *("pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
 }
 """Imports that cannot fail as they are used: of glibc, and with arguments that are right."""
 
@@ -755,8 +755,8 @@ def faults(calls: Counter[str], *, own: bool = False) -> Iterator[Fault]:
 
 def is_made(fault: Fault) -> bool:
     """Whether a call is made each time that the same is played."""
-    # Whether a lock is waited for depends on who runs when, and how often a text of /proc is read on how long it is.
-    return fault.name != "FUTEX_WAIT_PRIVATE" and (fault.name != "read" or fault.own or fault.nth == 1)
+    # Whether a lock or an end is waited for depends on who runs when; how often a text is read, on how long it is.
+    return not fault.name.startswith("FUTEX_WAIT") and (fault.name != "read" or fault.own or fault.nth == 1)
 
 
 def play(shim: Shim, flavour: Flavour, kind: str, scene: Scene, fault: Fault | None) -> Counter[str]:
@@ -777,7 +777,7 @@ def play(shim: Shim, flavour: Flavour, kind: str, scene: Scene, fault: Fault | N
 
 def keeps(fault: Fault) -> bool:
     """Whether memory stays when this fails: what cannot be unmapped, and what a thread that does not end stands on."""
-    return fault.name in {"munmap", "pthread_timedjoin_np"}
+    return fault.name == "munmap" or fault.errno == ETIMEDOUT
 
 
 Play = tuple[str, Fault, Callable[[Fault], object]]
@@ -944,6 +944,24 @@ def test_a_wait_for_the_lock_ends_early(shim: str, monkeypatch: pytest.MonkeyPat
     in_child(check)
 
 
+@pytest.mark.parametrize("error", ERRNOS["FUTEX_WAIT_BITSET_PRIVATE"], ids=errorcode.get)
+def test_a_wait_for_the_fault_thread_ends_early(shim: str, uffd_wp: Flavour, error: int) -> None:
+    """When it is closed; then whoever waited looks again. One that does not end in time keeps what it stands on."""
+
+    def check() -> None:
+        attached = Shim(shim)
+        struck = 0
+        while not struck:  # until one has not ended yet, which is soon
+            kept = attached.kept()
+            stage = Stage(attached, uffd_wp, "private", Fault("FUTEX_WAIT_BITSET_PRIVATE", 1, error))
+            ending(stage)
+            struck = stage.struck
+            stage.end()
+            assert (attached.kept() == kept) == (not struck or error != ETIMEDOUT)
+
+    in_child(check)
+
+
 # -- What needs no tracker ------------------------------------------------------------------------------------------
 
 
@@ -1066,7 +1084,7 @@ def test_every_function_is_made_to_fail(shim: str, monkeypatch: pytest.MonkeyPat
 
     def check() -> None:
         attached = Shim(shim)
-        done: Counter[str] = Counter({"FUTEX_WAIT_PRIVATE": 2})
+        done: Counter[str] = Counter({"FUTEX_WAIT_PRIVATE": 2, "FUTEX_WAIT_BITSET_PRIVATE": 3})
         attached.arm(None)
         probe(refresh=True)
         for own in (False, True):

@@ -148,6 +148,8 @@ static void *fault_thread(void *arg)
 	// Also after an answer, which may have been only to look again.
 	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
 	pmc_unregister_all(tracker, &tracker->thread_vmas, bell, bell + page_size_of(tracker));
+	atomic_store(&tracker->thread_ended, 1);
+	syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 	return NULL;
 }
 
@@ -298,17 +300,30 @@ int pmc_fault_thread_start(struct pmc_tracker *tracker)
 	return 0;
 }
 
+// Not by a join with a time limit: the C libraries share none but by the clock that people set, and a limit by that is over at once, or
+// never.
+static bool has_ended(struct pmc_tracker *tracker)
+{
+	struct timespec limit;
+	int rc = 0;
+	clock_gettime(CLOCK_MONOTONIC, &limit);
+	limit.tv_sec += STOP_SECONDS;
+	while (!atomic_load(&tracker->thread_ended) && (!rc || errno != ETIMEDOUT))
+		rc = (int)syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAIT_BITSET_PRIVATE, 0, &limit, NULL,
+				  FUTEX_BITSET_MATCH_ANY);
+	return atomic_load(&tracker->thread_ended);
+}
+
 void pmc_fault_thread_stop(struct pmc_tracker *tracker)
 {
 	if (!tracker->thread_started)
 		return;
 	tracker->thread_started = false;
 	*(volatile char *)tracker->bell = 1;
-	struct timespec limit;
-	clock_gettime(CLOCK_REALTIME, &limit);
-	limit.tv_sec += STOP_SECONDS;
-	if (!pthread_timedjoin_np(tracker->thread, NULL, &limit))
+	if (has_ended(tracker)) {
+		pthread_join(tracker->thread, NULL);
 		return;
+	}
 	// It reads a file that somebody put in the place of ours, and may do so for ever. It keeps the memory it stands on.
 	atomic_fetch_add(&tracker->references, 1);
 	pthread_detach(tracker->thread);

@@ -205,6 +205,7 @@ struct pmc_tracker {
 	struct pmc_range *ranges; // under fault_lock
 	bool thread_started;
 	pthread_t thread;
+	atomic_uint thread_ended; // 1: it waits for nothing any more
 	void *stack;
 	size_t stack_size;
 	atomic_int fault_errno; // not 0: the fault thread has ended
