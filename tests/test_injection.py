@@ -962,6 +962,35 @@ def test_a_wait_for_the_fault_thread_ends_early(shim: str, uffd_wp: Flavour, err
     in_child(check)
 
 
+def registered() -> list[int]:
+    """Where the mappings begin that have a userfaultfd for write faults, as the kernel says: uw in VmFlags."""
+    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
+        lines = [line.split() for line in smaps]
+    starts = [line[0] for line in lines if "-" in line[0] and not line[0].endswith(":")]
+    flags = [line[1:] for line in lines if line[0] == "VmFlags:"]
+    return [int(start.split("-")[0], 16) for start, has in zip(starts, flags, strict=True) if "uw" in has]
+
+
+def test_a_mapping_that_cannot_be_unregistered(shim: str, uffd_wp: Flavour) -> None:
+    """What comes behind it is, and who waits in a hole is woken: where the whole is refused, each has its turn."""
+
+    def check() -> None:
+        attached = Shim(shim)
+        stage = Stage(attached, uffd_wp, "private", Fault("UFFDIO_UNREGISTER", 2, ENOMEM))
+        stage.ready()
+        with open(__file__, "rb") as file:
+            hole = PLACE + HOLE.start * PAGE
+            libc.mmap(PAGE, libc.PROT_READ, mmap.MAP_PRIVATE, file.fileno(), hole)
+        with stage.fault():
+            stage.ram.close()
+        assert isinstance(stage.error, KernelError)
+        assert [start for start in registered() if PLACE <= start < PLACE + PAGES * PAGE] == [PLACE]
+        assert stage.calls["UFFDIO_WAKE"] == 1
+        stage.end()
+
+    in_child(check)
+
+
 # -- What needs no tracker ------------------------------------------------------------------------------------------
 
 

@@ -178,15 +178,17 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 		// whole call, and leaving the rest registered would leave its writers asleep.
 		struct vma vma;
 		uint64_t pos = start;
+		int found = 0;
 		first = 0;
 		pmc_vmas_refresh(vmas);
-		while (pos < end && (first = pmc_own_vma_at(vmas, pos, &vma)) > 0 && vma.start < end) {
+		while (pos < end && (found = pmc_own_vma_at(vmas, pos, &vma)) > 0 && vma.start < end) {
 			pos = min_u64(vma.end, end);
 			int rc = pmc_uffd_unregister(tracker->uffd, max_u64(vma.start, start), pos);
-			if (rc && rc != -EINVAL)
-				return rc;
+			if (rc != -EINVAL && !first)
+				first = rc;
 		}
-		first = first < 0 ? first : 0;
+		if (found < 0 && !first)
+			first = found;
 	}
 	// A writer that waits where a munmap has just been is in no mapping that UNREGISTER could find.
 	int rc = pmc_uffd_wake(tracker->uffd, start, end);
