@@ -97,7 +97,7 @@ static struct entry entries[] = {
 };
 #define ENTRIES (sizeof(entries) / sizeof(*entries))
 
-enum how { INSTEAD, AFTERWARDS, HALFWAY, SHORT };
+enum how { INSTEAD, AFTERWARDS, HALFWAY, SHORT, UNDONE };
 
 static struct {
 	_Atomic(struct entry *) entry; // NULL: nothing fails
@@ -178,11 +178,34 @@ static long run_short(const struct entry *entry, long *a)
 	return run(entry->symbol, a);
 }
 
+// It succeeds, and then somebody maps anew what it protected.
+static long run_in_vain(const struct entry *entry, const long *a)
+{
+	long rc = run(entry->symbol, a);
+	uint64_t start, end;
+	if (entry->request == PAGEMAP_SCAN) {
+		const struct pm_scan_arg *arg = (const struct pm_scan_arg *)a[2];
+		start = arg->start;
+		end = arg->flags & PM_SCAN_WP_MATCHING ? arg->end : start;
+	} else if (entry->request == UFFDIO_WRITEPROTECT) {
+		const struct uffdio_writeprotect *arg = (const struct uffdio_writeprotect *)a[2];
+		start = arg->range.start;
+		end = start + arg->range.len;
+	} else {
+		abort();
+	}
+	if ((int)rc >= 0 && start < end)
+		mmap((void *)start, end - start, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	return rc;
+}
+
 static long pass(enum symbol symbol, long *a)
 {
 	struct entry *entry = entry_of(symbol, a);
 	if (!strikes(entry))
 		return run(symbol, a);
+	if (plan.how == UNDONE)
+		return run_in_vain(entry, a);
 	if (plan.how == SHORT)
 		return run_short(entry, a);
 	if (plan.how == AFTERWARDS)

@@ -60,6 +60,7 @@ from conftest import (
 )
 
 from pagemapcompat import (
+    AddressRange,
     ClosedError,
     Cursor,
     DirtyTracker,
@@ -82,8 +83,8 @@ from pagemapcompat.trials_kinds import huge_page_size
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = Path(__file__).with_name("shim.c")
 
-INSTEAD, AFTERWARDS, HALFWAY, SHORT = range(4)
-HOW = ("instead", "afterwards", "halfway", "short")
+INSTEAD, AFTERWARDS, HALFWAY, SHORT, UNDONE = range(5)
+HOW = ("instead", "afterwards", "halfway", "short", "undone")
 
 ERRNOS = {
     "UFFDIO_API": (EINVAL, EPERM),
@@ -986,6 +987,33 @@ def test_a_mapping_that_cannot_be_unregistered(shim: str, uffd_wp: Flavour) -> N
         assert isinstance(stage.error, KernelError)
         assert [start for start in registered() if PLACE <= start < PLACE + PAGES * PAGE] == [PLACE]
         assert stage.calls["UFFDIO_WAKE"] == 1
+        stage.end()
+
+    in_child(check)
+
+
+@pytest.mark.parametrize("name", ["collect", "reset"])
+def test_memory_that_is_mapped_anew_as_often_as_it_is_rearmed(shim: str, flavour: Flavour, name: str) -> None:
+    """Nobody waits for that to end: the error says where it is. Afterwards the call succeeds, and misses nothing."""
+    protecting = "PAGEMAP_SCAN" if flavour.backend == "pagemap-scan" else "UFFDIO_WRITEPROTECT"
+
+    def check() -> None:
+        stage = Stage(Shim(shim), flavour, "private", Fault(protecting, 1, 0, UNDONE, always=True))
+        stage.ready(on_untracked="rearm")
+        stage.remap(20)
+        call = getattr(stage.ram, name)
+        stage.shim.arm(stage.plan)
+        with pytest.raises(NotTrackedError) as caught:
+            call(20 * PAGE, 21 * PAGE)
+        assert stage.shim.disarm() > 64
+        assert caught.value.range == AddressRange.from_length(PLACE + 20 * PAGE, PAGE)
+        result = call(20 * PAGE, 21 * PAGE)
+        if result:
+            stage.take(stage.ram, result)
+        else:
+            stage.owed[stage.ram].clear()  # by the reset
+        stage.write(20)
+        stage.finish()
         stage.end()
 
     in_child(check)

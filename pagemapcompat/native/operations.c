@@ -10,6 +10,8 @@
 
 #include "internal.h"
 
+#define REARMS 1024 // of one place, by one call, beside who maps it anew each time: a tenth of a second and more
+
 int pmc_enter_range(struct pmc_range *range)
 {
 	if (!range)
@@ -89,27 +91,45 @@ static int not_registered(struct pmc_tracker *tracker)
 	return rc;
 }
 
+// How often a call came upon untracked memory at the place where it is.
+struct refusals {
+	uint64_t at;
+	unsigned rearms;
+	unsigned looks; // since the last of them, and each found nothing
+};
+
 // The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
-// *looks*: how often that was so in this call.
-static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags, unsigned *looks,
+static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags, struct refusals *refusals,
 			struct pmc_result *result)
 {
+	struct pmc_tracker *tracker = range->tracker;
 	struct vma vma;
+	if (refusals->at != pos)
+		*refusals = (struct refusals){ .at = pos };
 	int rc = flags & PMC_REARM ? rearm_next(range, pos, end, result) :
 				     pmc_next_untracked(range, pos, end, &result->untracked_start, &result->untracked_end);
 	if (rc < 0)
 		return rc;
-	if (rc)
-		return flags & PMC_REARM ? 0 : not_registered(range->tracker);
+	if (rc && !(flags & PMC_REARM))
+		return not_registered(tracker);
+	if (rc) {
+		refusals->looks = 0;
+		if (++refusals->rearms < REARMS) {
+			pmc_look_again(&tracker->vmas, (unsigned)min_u64(refusals->rearms, PMC_LOOKS));
+			return 0;
+		}
+		tracker->operation = "UFFDIO_WRITEPROTECT";
+		return -ENOENT;
+	}
 	// It went, or was registered, in between: the engine looks again.
-	if (++*looks < PMC_LOOKS) {
-		pmc_look_again(&range->tracker->vmas, *looks);
+	if (++refusals->looks < PMC_LOOKS) {
+		pmc_look_again(&tracker->vmas, refusals->looks);
 		return 0;
 	}
 	// Registered, but not by us: with another userfaultfd, which protects nothing here.
 	result->untracked_start = pos;
 	result->untracked_end = end;
-	if (pmc_own_vma_at(&range->tracker->vmas, pos, &vma) > 0 && vma.start < end)
+	if (pmc_own_vma_at(&tracker->vmas, pos, &vma) > 0 && vma.start < end)
 		result->untracked_end = min_u64(vma.end, end);
 	return -ENOENT;
 }
@@ -261,7 +281,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 	bool engage = flags & PMC_ENGAGE;
 	uint32_t shift = tracker->page_shift;
 	uint64_t pos = start;
-	unsigned looks = 0;
+	struct refusals refusals = { 0 };
 	int rc = 0;
 
 	while (pos < end) {
@@ -298,7 +318,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 		pos = walk_end;
 check:
 		if (rc == -ENOENT && engage)
-			rc = untracked_at(range, pos, end, flags, &looks, result);
+			rc = untracked_at(range, pos, end, flags, &refusals, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -400,12 +420,12 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 	if (rc)
 		return rc;
 	uint64_t pos = start;
-	unsigned looks = 0;
+	struct refusals refusals = { 0 };
 	while (pos < end) {
 		rc = reset_locked(cursor, pos, end, &pos);
 		if (rc != -ENOENT)
 			break;
-		rc = untracked_at(cursor->range, pos, end, flags, &looks, result);
+		rc = untracked_at(cursor->range, pos, end, flags, &refusals, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -424,7 +444,7 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		return rc;
 	struct pmc_tracker *tracker = range->tracker;
 	uint64_t pos = start, untracked = end;
-	unsigned looks = 0;
+	struct refusals refusals = { 0 };
 
 	while (pos < end && !rc) {
 		const struct piece *piece = pmc_piece_at(range, pos);
@@ -436,7 +456,7 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to);
 		pos = rc == -ENOENT ? untracked : to;
 		if (rc == -ENOENT && !owed) {
-			rc = untracked_at(range, pos, end, 0, &looks, result);
+			rc = untracked_at(range, pos, end, 0, &refusals, result);
 			if (rc == -ENOENT)
 				tracker->operation = "UFFDIO_WRITEPROTECT";
 		}
