@@ -54,14 +54,14 @@ class Child:
         self._ended = os.pidfd_open(self.pid)
         self._said = b""
 
-    def wait(self, seconds: float, answer: int = -1) -> None:
+    def wait(self, seconds: float, answer: int = -1, progress: Callable[[], object] = bool) -> None:
         """Until there is something to read from *answer*, or it ends.
 
-        Fails with its traceback, or with every thread's if it hangs.
+        Fails with its traceback, or with every thread's if it hangs: for so long it did not end, nor *progress* change.
         """
         hung = False
         # Until it ends, not until the pipe does: processes that it leaves behind may hold the other end.
-        deadline = time.monotonic() + seconds
+        deadline, seen = time.monotonic() + seconds, progress()
         reading = [self._ended, self._output, *([answer] if answer >= 0 else [])]
         while True:
             ready, _, _ = select.select(reading, [], [], max(0.0, deadline - time.monotonic()))
@@ -77,6 +77,8 @@ class Child:
                 return
             if hung:
                 os.kill(self.pid, signal.SIGKILL)
+            elif seen != (now := progress()):
+                deadline, seen = time.monotonic() + seconds, now
             else:
                 os.kill(self.pid, signal.SIGABRT)  # faulthandler shows where everybody is
                 hung, deadline = True, time.monotonic() + 5
@@ -97,11 +99,16 @@ class Child:
         return self._status
 
 
-def in_child(function: Callable[..., object], *arguments: Any, seconds: float = CHILD_SECONDS) -> None:
+def in_child(
+    function: Callable[..., object],
+    *arguments: Any,
+    seconds: float = CHILD_SECONDS,
+    progress: Callable[[], object] = bool,
+) -> None:
     """Run a function that could hang in a forked child. Fails as `Child.wait` does."""
     child = Child(function, *arguments)
     try:
-        child.wait(seconds)
+        child.wait(seconds, progress=progress)
     finally:
         child.end()
 

@@ -322,6 +322,7 @@ class Storm:
         discards = "discard" in mix.troubles or "refill" in mix.writers
         self.steady = np.array([not (discards and page % GROUP == DISCARDED) for page in range(pages)])
         self.writes = self.accounted = self.interrupts = self.patience = 0
+        self._progress, self.past = numbers(1), 0
         self.failed = False
         self.readers: list[Reader] = []
         self.snapshots: list[Snapshot] = []
@@ -469,14 +470,21 @@ class Storm:
             self.failed = True
             raise
 
+    def progress(self) -> int:
+        """How far it got, for another process too. While one starves this stops, whatever the others do."""
+        return int(self._progress[0])
+
     def over(self) -> bool:
         """Whether every writer and every reader got as far as this phase goes. If one starves it lasts for ever."""
-        return self.failed or bool(
-            all(reader.rounds >= self.goal for reader in self.readers)
-            and all((reader.gaps > self.goal // 10).all() for reader in self.readers)
-            and (self.counts - self.before >= self.goal).all()
-            and (not self.mix.interrupts or self.interrupts > self.goal // 10)
-        )
+        few = self.goal // 10 + 1
+        got = [
+            *((reader.rounds, self.goal) for reader in self.readers),
+            *((gap, few) for reader in self.readers for gap in reader.gaps),
+            *((count, self.goal) for count in self.counts - self.before),
+            *([(self.interrupts, few)] if self.mix.interrupts else ()),
+        ]
+        self._progress[0] = self.past + sum(min(int(number), goal) for number, goal in got)
+        return self.failed or all(number >= goal for number, goal in got)
 
     def read(self, reader: Reader) -> None:
         """Collect in a tight loop."""
@@ -495,6 +503,7 @@ class Storm:
     def phase(self, goal: int) -> None:
         """Everybody at once, until all got so far; then nobody, and every copy is right."""
         self.goal, self.before, started = goal, self.counts.copy(), self.done.copy()
+        self.past = self.progress()
         for reader in self.readers:
             reader.rounds, reader.gaps = 0, reader.gaps * 0
         self.stopped[0] = 0
@@ -645,14 +654,18 @@ def flavour_of(name: Flavour | str) -> Flavour:
     return next(one for one in FLAVOURS if one.name == name) if isinstance(name, str) else name
 
 
+def drawn(flavour: Flavour, seed: int) -> Storm:
+    """The random storm that *seed* stands for."""
+    return Storm(flavour, reduced(flavour, draw(seed)), seed)
+
+
 def storm(flavour: Flavour | str, seed: int, rounds: int = 60) -> Counts:
     """One random storm, in this process and its main thread; it can hang, so give that a time limit.
 
     Raises:
         Finding: Something was lost or failed; the message has the seed.
     """
-    flavour = flavour_of(flavour)
-    return Storm(flavour, reduced(flavour, draw(seed)), seed).run(rounds, phases=4)
+    return drawn(flavour_of(flavour), seed).run(rounds, phases=4)
 
 
 MIXES = {

@@ -124,7 +124,7 @@ def test_memory_that_another_userfaultfd_took(flavour: Flavour, area: Callable[.
                     call()
             os.close(fd)
 
-    in_child(check, seconds=20)
+    in_child(check)
 
 
 @pytest.mark.parametrize("flavour", flavours("pagemap-scan"), indirect=True)

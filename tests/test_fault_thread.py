@@ -112,7 +112,7 @@ def test_losing_the_descriptor_strands_nobody(uffd_wp: Flavour, way: Callable[[i
             wrote = write(memory, 1)
             assert pages_of(again.collect()) == wrote
 
-    in_child(check, seconds=20)
+    in_child(check)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -140,7 +140,7 @@ def test_a_lost_descriptor_ends_the_fault_thread(uffd_wp: Flavour, way: Callable
                 ram.collect()
         tracker.close()
 
-    in_child(check, seconds=10)
+    in_child(check)
 
 
 def test_after_the_fault_thread_every_call_fails(uffd_wp: Flavour) -> None:

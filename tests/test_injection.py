@@ -808,7 +808,7 @@ def in_turn(path: str, plan: Callable[[Shim], Iterator[Play]]) -> None:
         assert after[1] == before[1]
 
     try:
-        in_child(check)
+        in_child(check, progress=lambda: diary[:])
     except AssertionError as error:
         error.add_note(f"with {diary[:].rstrip(bytes(1)).decode()}")
         raise

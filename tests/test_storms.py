@@ -9,7 +9,7 @@ import attrs
 import figures
 import pytest
 from children import in_child
-from conftest import PAGE, Flavour, lacking
+from conftest import PAGE, Flavour, flavours, lacking
 from storms import (
     BY_KERNEL,
     MEMORIES,
@@ -21,10 +21,10 @@ from storms import (
     Reader,
     Storm,
     draw,
+    drawn,
     lacking_for,
     library,
     reduced,
-    storm,
 )
 
 from pagemapcompat import Cursor, ScanResult
@@ -52,14 +52,19 @@ def run(
     flavour: Flavour, mix: Mix, seed: int, rounds: int, phases: int = 1, check: Callable[[Counts], object] = str
 ) -> None:
     """A storm, in a child; all that it wrote is accounted for."""
+    play(Storm(flavour, mix, seed), rounds, phases, check)
+
+
+def play(storm: Storm, rounds: int, phases: int, check: Callable[[Counts], object] = str) -> None:
+    """The same. It may take as long as it gets on."""
     library()  # compiled once, not in every child
 
     def go() -> None:
-        counts = Storm(flavour, mix, seed).run(rounds, phases)
+        counts = storm.run(rounds, phases)
         account(counts)
         check(counts)
 
-    in_child(go)
+    in_child(go, progress=storm.progress)
 
 
 def exactly(flavour: Flavour, mix: Mix) -> Mix:
@@ -94,12 +99,7 @@ def test_all_kinds_at_once(flavour: Flavour, memory: str) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_random_storms(flavour: Flavour, seed: int) -> None:
     """Mixes that nobody thought of."""
-    library()
-
-    def go() -> None:
-        account(storm(flavour, seed, 12))
-
-    in_child(go)
+    play(drawn(flavour, seed), 12, 4)
 
 
 @pytest.mark.parametrize("cpus", [1, 2])
@@ -110,12 +110,9 @@ def test_nobody_starves(flavour: Flavour, cpus: int) -> None:
     """
     mix = reduced(flavour, Mix(writers=("store", "held", "add", "read"), pages=128, readers=2))
 
-    def go() -> None:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
-        counts = Storm(flavour, mix, 5).run(50)
+    def fair(counts: Counts) -> None:
         assert min(counts.by_writer) >= 50
         assert min(counts.gaps) > 5
-        account(counts)
         figures.add(
             f"fairness on {cpus} CPU, {flavour.name}",
             {
@@ -125,8 +122,23 @@ def test_nobody_starves(flavour: Flavour, cpus: int) -> None:
             },
         )
 
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:cpus])  # which its threads and children inherit
+    try:
+        run(flavour, mix, 5, 50, check=fair)
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize("flavour", flavours("uffd-wp")[:1], indirect=True)
+def test_a_writer_that_starves_is_found(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much the others write and collect meanwhile."""
+    storm = Storm(flavour, reduced(flavour, Mix(writers=("store", "held"))), 9)
+    monkeypatch.setattr(Storm, "hold", lambda *_: None)
     library()
-    in_child(go)
+    with pytest.raises(AssertionError, match="the child hung for 1 s"):
+        in_child(storm.run, 20, seconds=1, progress=storm.progress)
+    assert storm.progress() > 20
 
 
 @pytest.mark.parametrize("handshake", [False, True], ids=["free", "handshake"])
