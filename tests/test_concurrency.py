@@ -545,6 +545,9 @@ class Interrupter:
         self.code = call.__code__  # type: ignore[attr-defined]
         self.step, self.twice = step, twice
         self.seen = self.raised = 0
+        # A hook that raises is taken off. If it does so in a destructor that a function's entry happens to run, CPython
+        # 3.11 still calls it for that entry, and crashes when nobody else kept it (ceval.c, call_trace).
+        self.hooks = self._trace, self._profile
 
     def _inside(self, frame: FrameType | None) -> bool:
         while frame is not None and frame.f_code is not self.code:
@@ -565,8 +568,9 @@ class Interrupter:
 
     def __enter__(self) -> None:
         gc.disable()  # the finalizers of other garbage are no part of the call, and swallow what is raised
-        sys.settrace(self._trace)
-        sys.setprofile(self._profile)
+        trace, profile = self.hooks
+        sys.settrace(trace)
+        sys.setprofile(profile)
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
