@@ -116,7 +116,6 @@ MAP_NORESERVE: int = lib.PMC_MAP_NORESERVE
 MAP_HUGETLB: int = lib.PMC_MAP_HUGETLB
 
 
-
 def _references() -> int:
     """What getrefcount() says of an object that one variable has: it depends on how Python passes arguments."""
     result = [object()].pop(0)
