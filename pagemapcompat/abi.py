@@ -176,7 +176,7 @@ class Guarantee(Flag):
     EXACT = 1
     """With no writer running during the call, and no discard, KSM merge, remap, guard change or hugetlb memory since
     the last collect, nor before 6.4 the opening of empty pages that were barred (PROT_NONE), the answer is exactly the
-    pages stored to."""
+    pages stored to. `TrackedRange.guarantees` lacks it where memory cannot give it, as a great reserve."""
     ATOMIC_COLLECT = 2
     """Reading and protecting a page again is one step for its writers. Per page: the range is no snapshot."""
     KERNEL_WRITES = 4

@@ -227,7 +227,9 @@ class DirtyTracker:
 
             ClosedError: The tracker is closed.
 
-        Cost: 3 to 18 ns a page; on kernels without `uffd-wp-unpopulated` readable pages are populated too.
+        Cost: 3 to 18 ns a page; on kernels without `uffd-wp-unpopulated` readable pages are populated too. With
+        `pagemap-scan` an empty reserve of 32 MiB or more that is barred (PROT_NONE) costs next to nothing, here and
+        later; its range then lacks EXACT, for a first write may bring a huge page, all of which counts.
         """
         if self._closed:
             raise ClosedError("this DirtyTracker is closed").with_hint("make a new one")

@@ -146,7 +146,8 @@ void pmc_range_destroy(struct pmc_range *range);
 // Kinds of memory in it, and the size of its largest page in bytes; a rearm may change both. In a forked child: 0, like the next.
 uint32_t pmc_range_kinds(struct pmc_range *range);
 uint64_t pmc_range_granularity(struct pmc_range *range);
-// 1 if every page could carry a mark when it was last armed, so that reads are never taken for writes.
+// 1 if every page could carry a mark when it was last armed, and none was left bare: only then are reads never taken for writes, nor a
+// write for more than its page.
 int pmc_range_exact(struct pmc_range *range);
 
 // A reader of the range, which sees what is written from now on, and what was not collected or reset yet. Any number; one page of
