@@ -214,7 +214,7 @@ static uint64_t unit_index(const struct pmc_range *range, uint64_t address)
 size_t pmc_kernel_bare_size(const struct pmc_range *range)
 {
 	const struct pmc_tracker *tracker = range->tracker;
-	// Where the query that arms a unit leaves its empty pages without a mark (1.6 of an older kernel), there are none.
+	// Kernels that call an empty page unchanged where no page table is left would leave it without a mark when its unit is armed.
 	if (!pmc_is_async(tracker) || !(tracker->abilities & PMC_CAN_SCAN_HOLES) || range->end - range->start < unit_size(tracker))
 		return 0;
 	return (unit_index(range, range->end) / 64 + 1) * sizeof(*range->bare);
