@@ -43,7 +43,7 @@ from typing import Any
 import attrs
 import figures
 import pytest
-from children import Crew, Raw, in_child, memory_of, resources
+from children import Crew, Raw, hold_fault_thread_back, in_child, memory_of, resources
 from conftest import (
     DISABLED,
     FLAVOURS,
@@ -952,11 +952,16 @@ def test_a_wait_for_the_fault_thread_ends_early(shim: str, uffd_wp: Flavour, err
     def check() -> None:
         attached = Shim(shim)
         struck = 0
-        while not struck:  # until one has not ended yet, which is soon
+        while not struck:  # until one has not ended yet when it is waited for: every second time or so
             kept = attached.kept()
             stage = Stage(attached, uffd_wp, "private", Fault("FUTEX_WAIT_BITSET_PRIVATE", 1, error))
-            ending(stage)
+            stage.ready()
+            hold_fault_thread_back()
+            with stage.fault():
+                assert stage.tracker
+                stage.tracker.close()
             struck = stage.struck
+            stage.forget()
             stage.end()
             assert (attached.kept() == kept) == (not struck or error != ETIMEDOUT)
 
