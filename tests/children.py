@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from conftest import CHILD_SECONDS, PAGE, PRIVATE, need_shared
+from conftest import CHILD_SECONDS, PAGE, PRIVATE, SANITIZED, need_shared
 
 from pagemapcompat import Cursor, ScanResult
 
@@ -258,6 +258,6 @@ def resources() -> tuple[list[str], int, list[tuple[str, str]]]:
             continue  # that of the listing itself
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         named = [tuple(line.split()[:2]) for line in maps]
-    if "libasan" in os.environ.get("LD_PRELOAD", ""):
-        named = []  # AddressSanitizer maps memory as it goes, and gives none back
+    if SANITIZED:
+        named = []
     return sorted(descriptors), len(os.listdir("/proc/self/task")), named  # type: ignore[return-value]

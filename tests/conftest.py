@@ -43,6 +43,8 @@ PAGE = page_size()
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 CHILD_SECONDS = float(os.environ.get("PAGEMAPCOMPAT_TEST_SECONDS", "60"))
 """How long anything that could hang may take. Machines are slow and shared, or emulated; a hang lasts for ever."""
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+"""Whether AddressSanitizer watches, which maps memory as it goes, and gives none back."""
 DISABLED = tuple(filter(None, os.environ.get("PAGEMAPCOMPAT_DISABLE", "").split(",")))
 """What is switched off for all tests. They add to it."""
 

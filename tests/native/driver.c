@@ -2,10 +2,10 @@
 //
 //     driver HOW FEATURES ABILITIES KIND ROUNDS
 //
-// HOW is PMC_UFFD_*, FEATURES and ABILITIES are bit masks, KIND is private, shared or mixed (several mappings of several
-// kinds, and a barred page). Each page belongs to one writer, who counts in it until the readers have collected ROUNDS times. Each
-// reader keeps the counts it saw in pages that were collected for it; when it has collected once more after the writers
-// ended, those must be the counts in memory.
+// HOW is PMC_UFFD_*, FEATURES and ABILITIES are bit masks, KIND is private, shared, hugetlb or mixed (several mappings of
+// several kinds, and a barred page). Each page, or huge page, belongs to one writer, who counts in it until the readers have
+// collected ROUNDS times. Each reader keeps the counts it saw in pages that were collected for it; when it has collected once
+// more after the writers ended, those must be the counts in memory.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -23,6 +23,9 @@
 
 #define PAGES 96
 #define SPARE 8 // at the end: mapped anew again and again, and nobody counts there
+#define HUGE_PAGES 8
+#define HUGE_SPARE 2
+#define HUGE_SIZE (2 << 20)
 #define WRITERS 3
 #define READERS 3 // cursors; the first one has two threads
 #define PATIENCE 300 // seconds
@@ -38,7 +41,11 @@ struct reader {
 struct drive {
 	const char *kind;
 	unsigned long rounds;
-	uint64_t page;
+	uint64_t page; // of memory, which may be a huge one
+	uint64_t pages;
+	uint64_t spare;
+	uint64_t base_pages;
+	int flags;
 	uint64_t start;
 	uint64_t end;
 	struct pmc_tracker *tracker;
@@ -90,7 +97,7 @@ static atomic_ullong *count_of(const struct drive *drive, uint64_t page)
 
 static bool is_nobodys(const struct drive *drive, uint64_t page)
 {
-	return page >= PAGES - SPARE || (strcmp(drive->kind, "mixed") == 0 && page == PAGES / 2);
+	return page >= drive->pages - drive->spare || (strcmp(drive->kind, "mixed") == 0 && page == drive->pages / 2);
 }
 
 // ---- Memory -----------------------------------------------------------------------------------------------------
@@ -104,19 +111,25 @@ static void map(uint64_t start, uint64_t length, int flags)
 
 static void map_memory(struct drive *drive)
 {
-	uint64_t length = PAGES * drive->page;
-	void *at = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	bool mixed = strcmp(drive->kind, "mixed") == 0, huge = strcmp(drive->kind, "hugetlb") == 0;
+	uint64_t base = (uint64_t)1 << pmc_page_shift();
+	drive->page = huge ? HUGE_SIZE : base;
+	drive->pages = huge ? HUGE_PAGES : PAGES;
+	drive->spare = huge ? HUGE_SPARE : SPARE;
+	drive->flags = huge ? MAP_PRIVATE | MAP_HUGETLB : MAP_PRIVATE;
+	uint64_t length = drive->pages * drive->page;
+	drive->base_pages = length / base;
+	void *at = mmap(NULL, length + drive->page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (at == MAP_FAILED)
 		fail("mmap: %s", strerror(errno));
-	drive->start = (uint64_t)(uintptr_t)at;
+	drive->start = ((uint64_t)(uintptr_t)at + drive->page - 1) / drive->page * drive->page;
 	drive->end = drive->start + length;
-	bool mixed = strcmp(drive->kind, "mixed") == 0;
-	map(drive->start, length, strcmp(drive->kind, "shared") == 0 ? MAP_SHARED : MAP_PRIVATE);
+	map(drive->start, length, strcmp(drive->kind, "shared") == 0 ? MAP_SHARED : drive->flags);
 	if (mixed) {
 		map(drive->start + 16 * drive->page, 8 * drive->page, MAP_PRIVATE); // one that does not merge everywhere
 		map(drive->start + 32 * drive->page, 8 * drive->page, MAP_SHARED);
 		// Not unmapped: a sanitizer's own pages would come and go in the hole.
-		mprotect((void *)(uintptr_t)(drive->start + PAGES / 2 * drive->page), drive->page, PROT_NONE);
+		mprotect((void *)(uintptr_t)(drive->start + drive->pages / 2 * drive->page), drive->page, PROT_NONE);
 	}
 }
 
@@ -127,7 +140,7 @@ static void *write_pages(void *arg)
 	struct job *job = arg;
 	struct drive *drive = job->drive;
 	while (atomic_load(&drive->reading)) {
-		uint64_t page = pick(job, PAGES / WRITERS) * WRITERS + job->number;
+		uint64_t page = pick(job, drive->pages / WRITERS) * WRITERS + job->number;
 		if (!is_nobodys(drive, page))
 			atomic_fetch_add_explicit(count_of(drive, page), 1, memory_order_relaxed);
 	}
@@ -178,9 +191,9 @@ static void *collect_pages(void *arg)
 	struct drive *drive = job->drive;
 	struct reader *reader = &drive->readers[job->number % READERS];
 	for (unsigned long i = 0; i < drive->rounds; i++) {
-		uint64_t first = pick(job, PAGES), last = first + 1 + pick(job, PAGES - first);
+		uint64_t first = pick(job, drive->pages), last = first + 1 + pick(job, drive->pages - first);
 		if (pick(job, 2))
-			collect(drive, reader, 0, PAGES, 0, pick(job, 8));
+			collect(drive, reader, 0, drive->pages, 0, pick(job, 8));
 		else
 			collect(drive, reader, first, last, pick(job, 9), pick(job, 8));
 	}
@@ -197,7 +210,8 @@ static void *disturb(void *arg)
 	struct pmc_cursor *cursor;
 	check("open a cursor", pmc_cursor_create(&cursor, drive->range));
 	while (atomic_load(&drive->reading)) {
-		uint64_t first = pick(job, PAGES - SPARE), last = first + 1 + pick(job, PAGES - SPARE - first);
+		uint64_t counted = drive->pages - drive->spare;
+		uint64_t first = pick(job, counted), last = first + 1 + pick(job, counted - first);
 		uint64_t from = drive->start + first * drive->page, to = drive->start + last * drive->page;
 		struct pmc_result result = { 0 };
 		switch (pick(job, 7)) {
@@ -211,7 +225,7 @@ static void *disturb(void *arg)
 			check("unprotect", pmc_unprotect(drive->range, from, to, &result));
 			break;
 		case 3:
-			map(drive->end - SPARE * drive->page, SPARE * drive->page, MAP_PRIVATE);
+			map(drive->end - drive->spare * drive->page, drive->spare * drive->page, drive->flags);
 			check("rearm", pmc_rearm(drive->range, drive->start, drive->end, &result));
 			break;
 		case 4:
@@ -239,7 +253,7 @@ static void capture(struct drive *drive, struct pmc_cursor *cursor)
 	struct pmc_image *next;
 	struct pmc_result result = { 0 }, errors = { 0 };
 	check("collect", pmc_scan(cursor, drive->start, drive->end, 0, PMC_ENGAGE | PMC_REARM, &result));
-	check("make an image", pmc_image_create(&next, drive->image, PAGES));
+	check("make an image", pmc_image_create(&next, drive->image, drive->base_pages));
 	check("capture", pmc_capture(drive->range, next, result.regions, result.count, &errors));
 	result.delivered = 1;
 	pmc_result_release(&result);
@@ -256,7 +270,7 @@ static void *copy_pages(void *arg)
 	for (unsigned long i = 0; i < drive->rounds / 4; i++) {
 		struct pmc_image *before, *base = drive->image;
 		struct pmc_result result = { 0 };
-		check("make an image", pmc_image_create(&before, base, PAGES));
+		check("make an image", pmc_image_create(&before, base, drive->base_pages));
 		capture(drive, cursor);
 		check("diff", pmc_image_diff(before, drive->image, drive->start, &result));
 		pmc_result_release(&result);
@@ -270,7 +284,7 @@ static void *write_until_told(void *arg)
 {
 	struct job *job = arg;
 	while (!atomic_load(&job->drive->stop)) {
-		uint64_t page = pick(job, PAGES);
+		uint64_t page = pick(job, job->drive->pages);
 		if (!is_nobodys(job->drive, page))
 			atomic_fetch_add_explicit(count_of(job->drive, page), 1, memory_order_relaxed);
 	}
@@ -321,7 +335,7 @@ static void open_tracker(struct drive *drive, int how, uint64_t features, uint32
 
 static void check_counts(struct drive *drive, const struct reader *reader, const char *when)
 {
-	for (uint64_t page = 0; page < PAGES; page++)
+	for (uint64_t page = 0; page < drive->pages; page++)
 		if (!is_nobodys(drive, page) && atomic_load(&reader->seen[page]) != atomic_load(count_of(drive, page)))
 			fail("%s: page %llu has %llu writes and %llu were seen", when, (unsigned long long)page,
 			     atomic_load(count_of(drive, page)), atomic_load(&reader->seen[page]));
@@ -346,23 +360,23 @@ static void restore(struct drive *drive)
 
 	capture(drive, copier->cursor);
 	compare(drive, "captured", true);
-	for (uint64_t page = 0; page < PAGES; page++) {
+	for (uint64_t page = 0; page < drive->pages; page++) {
 		atomic_store(&copier->seen[page], is_nobodys(drive, page) ? 0 : atomic_load(count_of(drive, page)));
 		if (!is_nobodys(drive, page))
 			atomic_fetch_add(count_of(drive, page), 1000);
 	}
 	compare(drive, "written", false);
 	for (unsigned i = 0; i < READERS - 1; i++)
-		collect(drive, &drive->readers[i], 0, PAGES, 0, true);
+		collect(drive, &drive->readers[i], 0, drive->pages, 0, true);
 	check("restore", pmc_restore(drive->range, drive->image, &all, 1, &result));
 	pmc_result_release(&result);
 	compare(drive, "restored", true);
 	check_counts(drive, copier, "restored");
 	for (unsigned i = 0; i < READERS - 1; i++) {
-		for (uint64_t page = 0; page < PAGES; page++)
+		for (uint64_t page = 0; page < drive->pages; page++)
 			atomic_store(&drive->readers[i].seen[page], 0);
 		// What restore wrote was reported, so this sees every page.
-		collect(drive, &drive->readers[i], 0, PAGES, 0, true);
+		collect(drive, &drive->readers[i], 0, drive->pages, 0, true);
 		check_counts(drive, &drive->readers[i], "collected after a restore");
 	}
 }
@@ -401,7 +415,6 @@ int main(int count, char **arguments)
 	if (count != 6)
 		fail("usage: driver HOW FEATURES ABILITIES KIND ROUNDS");
 	alarm(PATIENCE); // whatever hangs ends
-	drive.page = (uint64_t)1 << pmc_page_shift();
 	drive.kind = arguments[4];
 	drive.rounds = strtoul(arguments[5], NULL, 0);
 	map_memory(&drive);
@@ -422,11 +435,11 @@ int main(int count, char **arguments)
 
 	unsigned long long collects = 0, written = 0;
 	for (i = 0; i < READERS - 1; i++) {
-		collect(&drive, &drive.readers[i], 0, PAGES, 0, true);
+		collect(&drive, &drive.readers[i], 0, drive.pages, 0, true);
 		check_counts(&drive, &drive.readers[i], "collected");
 		collects += atomic_load(&drive.readers[i].collects);
 	}
-	for (uint64_t page = 0; page < PAGES; page++)
+	for (uint64_t page = 0; page < drive.pages; page++)
 		written += is_nobodys(&drive, page) ? 0 : atomic_load(count_of(&drive, page));
 	restore(&drive);
 	close_tracker(&drive);
