@@ -29,13 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROUNDS = int(os.environ.get("PAGEMAPCOMPAT_SANITIZE_ROUNDS", "0"))
-TESTS = shlex.split(
-    os.environ.get(
-        "PAGEMAPCOMPAT_SANITIZE_TESTS",
-        "test_snapshots.py test_cursors.py test_contract.py test_edges.py test_concurrency.py"
-        " -k 'not concurrency or interrupt'",
-    )
-)
+TESTS = shlex.split(os.environ.get("PAGEMAPCOMPAT_SANITIZE_TESTS", "test_snapshots.py test_cursors.py -m kernel"))
 """Words for pytest."""
 UNFIT = (
     *("injection", "sanitizers"),  # they are about an extension module of their own
