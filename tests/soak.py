@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import signal
 import socket
 import statistics
 import sys
@@ -406,4 +407,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
     sys.exit(main())
