@@ -125,8 +125,6 @@ ERRNOS = {
     "pwrite": (EACCES, EFAULT, EINTR, EIO, ENOMEM),
     "read": (EINTR, EIO, ENOMEM),
     "realloc": (ENOMEM,),
-    "sched_getaffinity": (EINVAL,),
-    "sched_setaffinity": (EINVAL, EPERM),
     "sysinfo": (EFAULT,),
 }
 """Sources: the manual pages, and fs/userfaultfd.c, mm/userfaultfd.c and fs/proc/task_mmu.c of 5.10 to 6.18."""
@@ -160,9 +158,8 @@ def is_transient(name: str, error: int) -> bool:
 
 INFALLIBLE = {
     *("clock_gettime", "getpid", "sigfillset", "sysconf", "__errno_location"),
-    *("memchr", "memcmp", "memcpy", "memmove", "memset", "strchr", "strcmp", "strcspn", "strncmp", "strrchr", "strspn"),
+    *("memchr", "memcmp", "memcpy", "memmove", "memset", "strcmp", "strcspn", "strncmp", "strspn"),
     "__stack_chk_fail",
-    "gettid",
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_join", "pthread_self", "pthread_sigmask"),
     *("pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),

@@ -14,9 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
-#include <sched.h>
 #include <signal.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -129,14 +127,12 @@ static int serve(struct pmc_tracker *tracker)
 			if (rc || align_down(address, page_size_of(tracker)) == (uint64_t)(uintptr_t)tracker->bell)
 				return rc;
 		}
-		atomic_store_explicit(&tracker->writer, messages[0].arg.pagefault.thread_id, memory_order_relaxed);
 	}
 }
 
 static void *fault_thread(void *arg)
 {
 	struct pmc_tracker *tracker = arg;
-	atomic_store(&tracker->thread_id, (int)gettid());
 	int rc = serve(tracker);
 	if (rc) {
 		atomic_store(&tracker->fault_errno, -rc);
@@ -152,83 +148,6 @@ static void *fault_thread(void *arg)
 	syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 	return NULL;
 }
-
-// ---- Where it runs ------------------------------------------------------------------------------------------
-//
-// A writer whose fault thread is on its own CPU waits for two switches of context; else each has to wake the other's CPU, which takes
-// 10 to 20 times as long where that is a virtual one and idle. The scheduler leaves the thread wherever it was. So scans and resets
-// look where the last writer is, and tie the thread to that CPU: after the first fault, the second, the fourth and so on, in the end
-// after each 32, for a look takes as long as a fault. Writers on several CPUs draw it to and fro no more often. It never leaves the CPUs
-// it was given: those of the thread that made the tracker, or what somebody else says later. It does not look itself: files in /proc
-// have locks, which a thread may hold that waits for it.
-
-#define LOOK_EVERY 32 // faults, at most
-#define NO_CPU UINT32_MAX
-
-// The CPU that a thread of this process last ran on, or NO_CPU.
-static uint32_t cpu_of(uint32_t thread)
-{
-	static const char before[] = "/proc/self/task/", after[] = "/stat";
-	char path[sizeof(before) + sizeof(after) + 10], digits[10], stat[1024];
-	size_t length = sizeof(before) - 1, count = 0;
-	uint32_t cpu = 0;
-
-	memcpy(path, before, length);
-	do
-		digits[count++] = (char)('0' + thread % 10);
-	while (thread /= 10);
-	while (count)
-		path[length++] = digits[--count];
-	memcpy(path + length, after, sizeof(after));
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return NO_CPU;
-	ssize_t got = pread(fd, stat, sizeof(stat) - 1, 0);
-	close(fd);
-	if (got <= 0)
-		return NO_CPU;
-	stat[got] = 0;
-	// "tid (name) state ...": the name may hold anything, and processor is the 37th field behind it (proc_pid_stat(5)).
-	const char *at = strrchr(stat, ')');
-	for (int field = 0; field < 37 && at; field++)
-		at = strchr(at + 1, ' ');
-	if (!at || at[1] < '0' || at[1] > '9')
-		return NO_CPU;
-	for (at++; *at >= '0' && *at <= '9' && cpu < PMC_CPUS; at++)
-		cpu = 10 * cpu + (uint32_t)(*at - '0');
-	return cpu < PMC_CPUS ? cpu : NO_CPU;
-}
-
-void pmc_follow_writers(struct pmc_tracker *tracker)
-{
-	uint64_t faults = atomic_load_explicit(&tracker->faults, memory_order_relaxed);
-	if (faults - tracker->faults_seen < tracker->faults_to_wait || !tracker->thread_started || atomic_load(&tracker->fault_errno))
-		return;
-	tracker->faults_seen = faults;
-	tracker->faults_to_wait = min_u64(2 * tracker->faults_to_wait, LOOK_EVERY);
-	// 0 where the handshake did not ask for it, and for whoever is in no namespace of ours.
-	uint32_t writer = atomic_load_explicit(&tracker->writer, memory_order_relaxed);
-	uint32_t cpu = writer ? cpu_of(writer) : NO_CPU;
-	int thread = atomic_load(&tracker->thread_id);
-	struct cpus now = { 0 }, tied = { 0 }; // the kernel fills in as many as it has
-	if (cpu == NO_CPU || cpu == tracker->cpu || sched_getaffinity(thread, sizeof(now), (cpu_set_t *)&now))
-		return;
-	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
-	if (tracker->cpu != NO_CPU)
-		bit_set(tied.bits, tracker->cpu);
-	if (memcmp(&now, &tied, sizeof(now)) != 0) {
-		tracker->cpus = now;
-		tracker->cpu = NO_CPU;
-	}
-	if (!bit_test(tracker->cpus.bits, cpu))
-		return;
-	memset(&tied, 0, sizeof(tied));
-	bit_set(tied.bits, cpu);
-	if (!sched_setaffinity(thread, sizeof(tied), (cpu_set_t *)&tied))
-		tracker->cpu = cpu;
-}
-
-// ---- Its life -----------------------------------------------------------------------------------------------
 
 // The bell is a protected page of our own. Writing to it is a fault like any other, so it gets the thread out of its read; and as the
 // thread ends only after it has answered it, whoever rings is never left standing.
@@ -278,8 +197,6 @@ static int start_on_stack(struct pmc_tracker *tracker, size_t size)
 
 int pmc_fault_thread_start(struct pmc_tracker *tracker)
 {
-	tracker->faults_to_wait = 1;
-	tracker->cpu = NO_CPU;
 	tracker->operation = "fcntl";
 	int flags = fcntl(tracker->uffd, F_GETFL);
 	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))

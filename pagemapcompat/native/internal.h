@@ -11,7 +11,6 @@
 
 #define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64. An answer of no more is kept to be used again
 #define PMC_VECTOR (8 * PMC_REGIONS) // regions of one call of an engine: a call for each 512 takes 0.4 us more each time
-#define PMC_CPUS 8192 // at most; with more the fault thread stays where it is
 #define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
 #define PMC_WORDS ((32 << 10) / sizeof(uint64_t)) // 32 KiB of pagemap words: from 16 on reading gets no faster
 
@@ -184,10 +183,6 @@ struct pmc_cursor {
 	uint64_t owed_count;
 };
 
-struct cpus {
-	uint64_t bits[PMC_CPUS / 64];
-};
-
 struct pmc_tracker {
 	atomic_int references;
 	int uffd;
@@ -210,12 +205,6 @@ struct pmc_tracker {
 	size_t stack_size;
 	atomic_int fault_errno; // not 0: the fault thread has ended
 	atomic_ullong faults;
-	atomic_uint writer; // the thread whose fault was resolved last, or 0
-	atomic_int thread_id; // of the fault thread
-	uint64_t faults_seen; // when the writer was last looked for
-	uint64_t faults_to_wait; // until it is again
-	uint32_t cpu; // that the fault thread is tied to
-	struct cpus cpus; // those that it was given
 	struct vmas thread_vmas; // the fault thread's own
 
 	struct vmas vmas;
@@ -271,8 +260,6 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 
 int pmc_fault_thread_start(struct pmc_tracker *tracker);
 void pmc_fault_thread_stop(struct pmc_tracker *tracker);
-// Moves the fault thread to the CPU of its last writer, now and then. Under the mutex; not in the fault thread.
-void pmc_follow_writers(struct pmc_tracker *tracker);
 
 // -- owed.c; all under the tracker's mutex ----------------------------------------------------------------------
 
