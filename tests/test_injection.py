@@ -43,7 +43,7 @@ from typing import Any
 import attrs
 import figures
 import pytest
-from children import Crew, Raw, hold_fault_thread_back, in_child, memory_of, resources
+from children import Crew, Raw, in_child, memory_of, resources
 from conftest import (
     DISABLED,
     FLAVOURS,
@@ -753,8 +753,9 @@ def faults(calls: Counter[str], *, own: bool = False) -> Iterator[Fault]:
 
 def is_made(fault: Fault) -> bool:
     """Whether a call is made each time that the same is played."""
-    # Whether a lock or an end is waited for depends on who runs when; how often a text is read, on how long it is.
-    return not fault.name.startswith("FUTEX_WAIT") and (fault.name != "read" or fault.own or fault.nth == 1)
+    # Whether a lock is waited for depends on who runs when; the rest, on how long a text or an end takes.
+    once = fault.name in {"read", "FUTEX_WAIT_BITSET_PRIVATE"}
+    return fault.name != "FUTEX_WAIT_PRIVATE" and (not once or fault.own or fault.nth == 1)
 
 
 def play(shim: Shim, flavour: Flavour, kind: str, scene: Scene, fault: Fault | None) -> Counter[str]:
@@ -942,29 +943,6 @@ def test_a_wait_for_the_lock_ends_early(shim: str, monkeypatch: pytest.MonkeyPat
     in_child(check)
 
 
-@pytest.mark.parametrize("error", ERRNOS["FUTEX_WAIT_BITSET_PRIVATE"], ids=errorcode.get)
-def test_a_wait_for_the_fault_thread_ends_early(shim: str, uffd_wp: Flavour, error: int) -> None:
-    """When it is closed; then whoever waited looks again. One that does not end in time keeps what it stands on."""
-
-    def check() -> None:
-        attached = Shim(shim)
-        struck = 0
-        while not struck:  # until one has not ended yet when it is waited for: every second time or so
-            kept = attached.kept()
-            stage = Stage(attached, uffd_wp, "private", Fault("FUTEX_WAIT_BITSET_PRIVATE", 1, error))
-            stage.ready()
-            hold_fault_thread_back()
-            with stage.fault():
-                assert stage.tracker
-                stage.tracker.close()
-            struck = stage.struck
-            stage.forget()
-            stage.end()
-            assert (attached.kept() == kept) == (not struck or error != ETIMEDOUT)
-
-    in_child(check)
-
-
 def registered() -> list[int]:
     """Where the mappings begin that have a userfaultfd for write faults, as the kernel says: uw in VmFlags."""
     with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
@@ -1143,7 +1121,7 @@ def test_every_function_is_made_to_fail(shim: str, monkeypatch: pytest.MonkeyPat
 
     def check() -> None:
         attached = Shim(shim)
-        done: Counter[str] = Counter({"FUTEX_WAIT_PRIVATE": 2, "FUTEX_WAIT_BITSET_PRIVATE": 3})
+        done: Counter[str] = Counter({"FUTEX_WAIT_PRIVATE": 2})
         attached.arm(None)
         probe(refresh=True)
         for own in (False, True):

@@ -222,12 +222,12 @@ int pmc_fault_thread_start(struct pmc_tracker *tracker)
 static bool has_ended(struct pmc_tracker *tracker)
 {
 	struct timespec limit;
-	int rc = 0;
+	long rc;
 	clock_gettime(CLOCK_MONOTONIC, &limit);
 	limit.tv_sec += STOP_SECONDS;
-	while (!atomic_load(&tracker->thread_ended) && (!rc || errno != ETIMEDOUT))
-		rc = (int)syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAIT_BITSET_PRIVATE, 0, &limit, NULL,
-				  FUTEX_BITSET_MATCH_ANY);
+	do
+		rc = syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAIT_BITSET_PRIVATE, 0, &limit, NULL, FUTEX_BITSET_MATCH_ANY);
+	while (!atomic_load(&tracker->thread_ended) && (!rc || errno != ETIMEDOUT));
 	return atomic_load(&tracker->thread_ended);
 }
 
