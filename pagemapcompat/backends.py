@@ -8,24 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from errno import (
-    EACCES,
-    EBADF,
-    EBADMSG,
-    EBUSY,
-    EDEADLK,
-    EINVAL,
-    EISDIR,
-    EMFILE,
-    ENFILE,
-    ENOENT,
-    ENOMEM,
-    ENOTTY,
-    EOPNOTSUPP,
-    EPERM,
-    ESPIPE,
-    ESRCH,
-)
+from errno import EACCES, EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -46,7 +29,7 @@ from pagemapcompat.errors import (
     UnsupportedError,
 )
 from pagemapcompat.memory import AddressRange
-from pagemapcompat.pagemap import ScanResult
+from pagemapcompat.pagemap import LOST_FILE, ScanResult
 from pagemapcompat.refusals import raise_einval
 from pagemapcompat.userfaultfd import Attempt, Way, open_hint, open_userfaultfd
 
@@ -268,7 +251,7 @@ class Backend:
         _kernel.cursor_close(attached.cursor)
 
     def _refuse(self, number: int, memory: AddressRange, operation: str) -> NoReturn:
-        if number == _kernel.EOWNMEMORY or number in _OWN_ERRORS | _LOST_FILE or operation != "UFFDIO_REGISTER":
+        if number == _kernel.EOWNMEMORY or number in _OWN_ERRORS | LOST_FILE or operation != "UFFDIO_REGISTER":
             self._fail(number, operation, memory)
         if number == EBUSY:
             raise AlreadyRegisteredError.make(
@@ -295,7 +278,7 @@ class Backend:
         """Unregister. Idempotent; waits for running calls."""
         rc = _kernel.range_close(attached.handle)
         if rc < 0:
-            hint = _LOST_FILE_HINT if -rc in _LOST_FILE else None
+            hint = _LOST_FILE_HINT if -rc in LOST_FILE else None
             raise KernelError.make(-rc, "UFFDIO_UNREGISTER", os.strerror(-rc), range=attached.range, hint=hint)
 
     # -- The operations ---------------------------------------------------------------------------------------
@@ -429,7 +412,7 @@ class Backend:
             cause = _kernel.tracker_fault_errno(self._handle)
             raise FaultThreadError(
                 f"the fault thread ended: {os.strerror(cause)} (errno {cause}); writers went on, untracked"
-            ).with_hint(_LOST_FILE_HINT if cause in _LOST_FILE else _START_ANEW)
+            ).with_hint(_LOST_FILE_HINT if cause in LOST_FILE else _START_ANEW)
         if number == _kernel.EOWNMEMORY:
             raise NotTrackableError.make(
                 EDEADLK,
@@ -438,7 +421,7 @@ class Backend:
                 range=asked,
                 hint="a write fault there could not be answered; track only memory that you allocated",
             )
-        if number in _LOST_FILE:
+        if number in LOST_FILE:
             raise KernelError.make(number, operation, os.strerror(number), range=asked, hint=_LOST_FILE_HINT)
         if operation == "UFFDIO_REGISTER" and result is not None and result.untracked_end:
             self._refuse(number, AddressRange(result.untracked_start, result.untracked_end), operation)
@@ -494,8 +477,6 @@ class Backend:
 
 
 _OWN_ERRORS = frozenset({_kernel.ECLOSED, _kernel.EFORKED, _kernel.EFAULTTHREAD})
-_LOST_FILE = frozenset({EBADF, EBADMSG, EISDIR, ENOTTY, ESPIPE})
-"""What calls on the tracker's own descriptors fail with once they are nobody's, or another file's, and else never."""
 _START_ANEW = "take all memory as written, close this tracker and make a new one"
 _LOST_FILE_HINT = (
     f"somebody closed or replaced this library's descriptor; {_START_ANEW}, and close only descriptors that you opened"

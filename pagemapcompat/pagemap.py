@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from errno import EACCES, EFAULT, EINVAL, ENOENT, EOPNOTSUPP, EPERM, ESRCH
+from errno import EACCES, EBADF, EBADMSG, EFAULT, EINVAL, EISDIR, ENOENT, ENOTTY, EOPNOTSUPP, EPERM, ESPIPE, ESRCH
 from itertools import chain
 from struct import iter_unpack
 from typing import TYPE_CHECKING, Literal, NoReturn, Self, overload
@@ -43,6 +44,11 @@ _SHOWN_BY = {
     PageCategory.GUARD: Feature.PAGEMAP_GUARD,
 }
 """What a kernel's words must show before they can tell a category."""
+LOST_FILE = frozenset({EBADF, EBADMSG, EISDIR, ENOTTY, ESPIPE})
+"""What calls on this library's own descriptors fail with once they are nobody's, or another file's, and else never."""
+_LOST_FILE_HINT = (
+    "somebody closed or replaced this library's descriptor; open another Pagemap, and close only what you opened"
+)
 _categories: dict[int, PageCategory] = {}
 
 
@@ -437,7 +443,8 @@ class Pagemap:
         fds, self._process, self._fd, self._maps = (self._process, self._fd, self._maps), -1, -1, -1
         for fd in fds:
             if fd >= 0:
-                os.close(fd)
+                with contextlib.suppress(OSError):  # somebody closed it
+                    os.close(fd)
 
     def __enter__(self) -> Self:
         """Return the object itself."""
@@ -528,7 +535,8 @@ class Pagemap:
             )
         if number == EFAULT:
             raise InvalidArgumentError(f"{asked} is not in the user's address space").with_hint("see /proc/PID/maps")
-        raise KernelError.make(number, operation, os.strerror(number), range=asked)
+        hint = _LOST_FILE_HINT if number in LOST_FILE else None
+        raise KernelError.make(number, operation, os.strerror(number), range=asked, hint=hint)
 
     def entries(self, memory: Memory) -> Iterator[PagemapEntry]:
         """Decode the word of every page of *memory*, in order. Unmapped pages are words of 0.
@@ -537,6 +545,8 @@ class Pagemap:
 
         Raises:
             TargetGoneError: The process ended.
+
+            KernelError: Somebody closed or replaced the descriptor.
         """
         pinned = pin(memory, writable=False)
         try:
@@ -550,7 +560,15 @@ class Pagemap:
         at = (asked.start >> PAGE_SHIFT) * _WORD_SIZE
         end = (asked.end >> PAGE_SHIFT) * _WORD_SIZE
         while at < end:
-            words = os.pread(self.fileno(), min(end - at, 1 << 16), at)
+            fd = self.fileno()
+            try:
+                words = os.pread(fd, min(end - at, 1 << 16), at)
+            except OSError as error:
+                number = error.errno or 0
+                hint = _LOST_FILE_HINT if number in LOST_FILE else None
+                raise KernelError.make(
+                    number, f"read /proc/{self.pid}/pagemap", os.strerror(number), range=asked, hint=hint
+                ) from error
             if not words:
                 raise TargetGoneError.make(
                     ESRCH, f"read /proc/{self.pid}/pagemap", "no memory there", range=asked, hint="the process ended"

@@ -7,9 +7,18 @@ from collections.abc import Callable
 
 import pytest
 from children import in_child
-from conftest import PAGE, Flavour, libc, pages_of, private, write
+from conftest import PAGE, Flavour, disable, libc, pages_of, private, write
 
-from pagemapcompat import DirtyTracker, FaultThreadError, KernelError, NotTrackedError, TargetGoneError
+from pagemapcompat import (
+    DirtyTracker,
+    FaultThreadError,
+    KernelError,
+    NotTrackedError,
+    PageCategory,
+    Pagemap,
+    ScanQuery,
+    TargetGoneError,
+)
 
 
 def descriptors(kind: str) -> set[int]:
@@ -94,6 +103,28 @@ def test_a_descriptor_that_is_lost(flavour: Flavour, kind: str, way: str) -> Non
             assert pages_of(again.collect()) == written
 
     in_child(check, seconds=20)
+
+
+@pytest.mark.parametrize("way", ["closed", "folder"])
+@pytest.mark.parametrize("disabled", ["", "pagemap-scan"])
+def test_a_pagemap_that_lost_its_descriptors(monkeypatch: pytest.MonkeyPatch, way: str, disabled: str) -> None:
+    """Its methods fail and say so; it is closed all the same."""
+    disable(monkeypatch, *filter(None, [disabled]))
+    memory, query = private(16), ScanQuery(all_of=PageCategory.PRESENT, report=PageCategory.PRESENT)
+
+    def check() -> None:
+        before = descriptors("")
+        with Pagemap() as pagemap:
+            for fd in descriptors("/pagemap") | descriptors("/maps"):
+                WAYS[way](fd)
+            for call in (lambda: pagemap.scan(memory, query), lambda: list(pagemap.entries(memory))):
+                with pytest.raises(KernelError) as caught:
+                    call()
+                assert caught.value.hint
+                assert "closed or replaced" in caught.value.hint
+        assert descriptors("") == before
+
+    in_child(check)
 
 
 @pytest.mark.parametrize("way", ["empty", "zeros"])
