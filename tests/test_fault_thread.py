@@ -25,6 +25,7 @@ from pagemapcompat import (
     Guarantee,
     KernelError,
     NotTrackableError,
+    _kernel,
 )
 
 pytestmark = pytest.mark.kernel
@@ -238,7 +239,7 @@ def its_errno() -> AddressRange:
 
 @pytest.mark.parametrize("where", [below_its_frames, its_errno], ids=lambda where: where.__name__)
 def test_a_caller_whose_own_memory_is_tracked(uffd_wp: Flavour, where: Callable[[], AddressRange]) -> None:
-    """It is refused: who must not fault while it holds the fault thread's lock would."""
+    """It is refused: it would fault while it holds the fault thread's lock. Only what it took it may give back."""
     memory = private(8)
 
     def refused(calls: list[Callable[[], object]]) -> None:
@@ -251,9 +252,13 @@ def test_a_caller_whose_own_memory_is_tracked(uffd_wp: Flavour, where: Callable[
             if not claims(tracker, Guarantee.KERNEL_WRITES):
                 return  # the kernel keeps notes of its own on such pages
             ram = tracker.track(memory)
+            wrote = write(memory, 5)
+            undelivered = ram.collect()._result
+            undelivered.delivered = 0
             other = tracker.track(one.submit(where).result())
-            wrote = write(memory, 3)
+            wrote |= write(memory, 3)
             one.submit(refused, [ram.peek, ram.collect, ram.reset, ram.rearm, tracker.statistics]).result()
+            assert one.submit(_kernel.owe, undelivered).result() == 0
             other.close()
             assert pages_of(one.submit(ram.collect).result()) == wrote
 

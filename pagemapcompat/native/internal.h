@@ -301,6 +301,8 @@ int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t 
 
 // Begins a call: 0 with the mutex held, or the reason why there is none.
 int pmc_enter(struct pmc_tracker *tracker);
+// Likewise for one that never takes fault_lock: it may fault, and so is never refused for what is tracked.
+int pmc_enter_briefly(struct pmc_tracker *tracker);
 // Whether [start, end) has a page that this thread may store into during a call: of its stack, or of what the C library keeps for it.
 bool pmc_is_callers(uint64_t start, uint64_t end);
 // Ends it, and returns *rc*.

@@ -334,13 +334,16 @@ int pmc_owe(struct pmc_result *result)
 	struct pmc_cursor *cursor = result->cursor;
 	if (!cursor || result->delivered)
 		return 0;
-	int rc = enter_cursor(cursor);
+	struct pmc_tracker *tracker = cursor->range->tracker;
+	int rc = pmc_enter_briefly(tracker);
 	result->delivered = 1;
 	if (rc)
 		return rc;
+	if (!cursor->range->open || !cursor->owed)
+		return pmc_leave(tracker, -PMC_ECLOSED, NULL);
 	for (uint64_t i = 0; i < result->count; i++)
 		pmc_cursor_owe(cursor, result->regions[i].start, result->regions[i].end);
-	return pmc_leave(cursor->range->tracker, 0, NULL);
+	return pmc_leave(tracker, 0, NULL);
 }
 
 // Gives back what it was not delivered of. Memory stays of which little was touched.

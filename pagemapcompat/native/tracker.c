@@ -49,14 +49,23 @@ bool pmc_is_callers(uint64_t start, uint64_t end)
 	       is_near(start, end, (const void *)(uintptr_t)pthread_self(), 0, THREAD_REACH);
 }
 
-// Begins a call: 0 with the mutex held, or the reason why there is none.
-int pmc_enter(struct pmc_tracker *tracker)
+int pmc_enter_briefly(struct pmc_tracker *tracker)
 {
 	int rc = pmc_tracker_state(tracker);
 	if (rc)
 		return rc;
 	pthread_mutex_lock(&tracker->mutex);
 	rc = pmc_tracker_state(tracker);
+	if (rc)
+		pthread_mutex_unlock(&tracker->mutex);
+	return rc;
+}
+
+int pmc_enter(struct pmc_tracker *tracker)
+{
+	int rc = pmc_enter_briefly(tracker);
+	if (rc)
+		return rc;
 	// A caller whose stack is tracked would wait for the fault thread while that waits for fault_lock.
 	for (struct pmc_range *range = tracker->ranges; range && !rc && !pmc_is_async(tracker); range = range->next)
 		if (pmc_is_callers(range->start, range->end))
