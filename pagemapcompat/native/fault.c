@@ -70,6 +70,7 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *r
 	// would end up open and unlogged.
 	pmc_fair_lock(&tracker->fault_lock);
 	log_write(tracker, page);
+	atomic_fetch_add_explicit(&tracker->faults, 1, memory_order_relaxed); // before its writer wakes, and asks
 	rc = pmc_uffd_writeprotect(tracker->uffd, page, page + size, 0);
 	// In hugetlb memory only whole huge pages are accepted.
 	while (rc == -EINVAL && size << 1) {
@@ -78,7 +79,6 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *r
 		rc = pmc_uffd_writeprotect(tracker->uffd, page, page + size, 0);
 	}
 	pmc_fair_unlock(&tracker->fault_lock);
-	atomic_fetch_add_explicit(&tracker->faults, 1, memory_order_relaxed);
 	// The mapping went away, or lost its registration: the writer must look again.
 	if (rc == -ENOENT || rc == -EINVAL) {
 		size = page_size_of(tracker);
