@@ -236,9 +236,10 @@ def hold_fault_thread_back() -> None:
     """All threads on one CPU, and every other one before it: it goes on only once all others sleep."""
     cpu = min(os.sched_getaffinity(0))
     for task in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(task), {cpu})
-        if name_of(task) == "pagemapcompat":
-            os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has ended meanwhile
+            os.sched_setaffinity(int(task), {cpu})
+            if name_of(task) == "pagemapcompat":
+                os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
 
 
 def name_of(task: str) -> str:

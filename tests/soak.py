@@ -1,13 +1,15 @@
 """Every attack of the suite, drawn by a seed, for as long as there is time; what scripts/soak runs.
 
 A round is one attack. Its seed says all of it, and the next round has the next seed: `--seed` goes on from any round.
-Half of them run in a process each; the other half in one that stays, and must not grow.
+Half of them run in a process each; the other half in one that stays, and must not grow. What makes calls fail, and what
+ends trackers and processes, always has a process to itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import math
@@ -26,7 +28,10 @@ from errno import errorcode
 import attrs
 import programs
 import storms
+import test_fault_thread
+import test_injection
 import test_model
+import test_sleepers
 from children import Child, plain, resources
 from conftest import CHILD_SECONDS, FLAVOURS, Flavour, Paranoid, environment, paranoid
 
@@ -90,7 +95,46 @@ def model(round_: Round) -> Done:
     return Done(counts.operations, counts.written, counts.reported)
 
 
-ATTACKS: dict[str, Callable[[Round], Done]] = {"storm": storm, "program": program, "model": model}
+@functools.cache
+def shim() -> test_injection.Shim:
+    """What makes the calls of this process fail."""
+    return test_injection.Shim(str(test_injection.compiled()))
+
+
+def fault(round_: Round) -> Done:
+    """Calls of the C core fail, one at a time."""
+    (flavour,) = round_.flavours
+    dice = random.Random(round_.seed)
+    with environment(flavour):
+        for _ in range(FAULTS):
+            test_injection.strike(shim(), flavour, round_.memory, dice)
+    return Done(FAULTS, shim().written, shim().told)
+
+
+def end(round_: Round) -> Done:
+    """Trackers end in any way, and processes with them, while their writers sleep in faults."""
+    (flavour,) = round_.flavours
+    dice = random.Random(round_.seed)
+    with environment(flavour):
+        pages = sum(dice.choice(WAYS_TO_END)(flavour) for _ in range(ENDS))
+    return Done(ENDS, pages, pages)
+
+
+FAULTS, ENDS = 12, 3
+"""In one round."""
+WAYS_TO_END: tuple[Callable[[Flavour], int], ...] = (
+    *(functools.partial(test_sleepers.wake, deed=deed) for deed in test_sleepers.DEEDS),
+    *(functools.partial(test_fault_thread.lose_the_descriptor, way=way) for way in test_fault_thread.WAYS),
+    *test_sleepers.ENDS.values(),
+    test_sleepers.outlive,
+)
+ATTACKS: dict[str, Callable[[Round], Done]] = {
+    "storm": storm,
+    "program": program,
+    "model": model,
+    "fault": fault,
+    "end": end,
+}
 
 
 # ---- Rounds ----------------------------------------------------------------------------------------------------
@@ -116,8 +160,9 @@ class Round:
     def draw(seed: int, flavours: Sequence[Flavour]) -> Round:
         """The round that *seed* stands for, on those of *flavours* that are able."""
         dice = random.Random(f"round {seed}")  # other numbers than those that the attack draws from the same seed
-        attack, stays = dice.choice(list(ATTACKS)), dice.random() < 0.5
-        flavour = dice.choice(flavours)
+        attack = dice.choice([name for name in ATTACKS if fit_for(name, flavours)])
+        stays = dice.random() < 0.5 and attack not in APART
+        flavour = dice.choice(fit_for(attack, flavours))
         if attack == "storm":
             mix = storms.reduced(flavour, storms.draw(seed))
             return Round(seed, attack, (flavour,), mix.memory, stays)
@@ -126,7 +171,23 @@ class Round:
             memory = dice.choice(kinds)
             fit = [one for one in programs.able(flavours, memory) if is_fit(one, memory)]
             return Round(seed, attack, tuple(dice.sample(fit, min(2, len(fit)))), memory, stays)
+        if attack == "end":
+            return Round(seed, attack, (flavour,), "private", stays)
         return Round(seed, attack, (flavour,), dice.choice([kind for kind in kinds if kind != "huge"]), stays)
+
+
+APART = ("fault", "end")
+"""Attacks that have a process to themselves."""
+
+
+def fit_for(attack: str, flavours: Sequence[Flavour]) -> Sequence[Flavour]:
+    """Those of *flavours* that it can attack."""
+    if attack not in APART:
+        return flavours
+    plain_ones = [one for one in flavours if not isinstance(one, Paranoid)]
+    if attack == "fault":
+        return plain_ones if test_injection.compiled() else []
+    return [one for one in plain_ones if one.backend == "uffd-wp"]  # which has a fault thread
 
 
 def is_fit(flavour: Flavour, memory: str) -> bool:
@@ -394,6 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not able:
         return 2
     storms.library()  # compiled once, not in every process
+    test_injection.compiled()
     say(f"seed {options.seed}, kernel {os.uname().release}")
     soak = Soak(options.seed, able, verbose=options.verbose)
     status = 0

@@ -77,40 +77,46 @@ def by_dev_zero(uffd: int) -> None:
 WAYS = (by_closing, by_dev_null, by_a_silent_pipe, by_dev_zero)
 
 
+def lose_the_descriptor(flavour: Flavour, way: Callable[[int], None]) -> int:
+    """While somebody writes. Memory can be tracked anew; returns how many pages then were written."""
+    memory = private(64)
+    before = descriptors("anon_inode:[userfaultfd]")
+    tracker = flavour.tracker()
+    ram = tracker.track(memory)
+    (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
+    crew, stop = Crew(), threading.Event()
+
+    def fill() -> None:
+        while not stop.is_set():
+            libc.fill(ram.range.start, 32 * PAGE)
+
+    crew.add(fill)
+    ram.collect()
+    way(uffd)
+    write(memory, *range(64))
+    for _ in range(3):
+        with pytest.raises((FaultThreadError, KernelError)):
+            ram.collect()
+        write(memory, *range(64))
+    stop.set()
+    crew.join()
+    tracker.close()
+    with pytest.raises(ClosedError):
+        ram.collect()
+    with flavour.tracker() as another:
+        again = another.track(memory)
+        wrote = write(memory, 1, 3)
+        assert pages_of(again.collect()) == wrote
+    return len(wrote)
+
+
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_losing_the_descriptor_strands_nobody(uffd_wp: Flavour, way: Callable[[int], None]) -> None:
     """Writers go on, also one that holds the GIL; calls fail and say why; close works; memory can be tracked anew."""
-    memory = private(64)
 
     def check() -> None:
         sys.setswitchinterval(1e-5)
-        before = descriptors("anon_inode:[userfaultfd]")
-        tracker = uffd_wp.tracker()
-        ram = tracker.track(memory)
-        (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
-        crew, stop = Crew(), threading.Event()
-
-        def fill() -> None:
-            while not stop.is_set():
-                libc.fill(ram.range.start, 32 * PAGE)
-
-        crew.add(fill)
-        ram.collect()
-        way(uffd)
-        write(memory, *range(64))
-        for _ in range(3):
-            with pytest.raises((FaultThreadError, KernelError)):
-                ram.collect()
-            write(memory, *range(64))
-        stop.set()
-        crew.join()
-        tracker.close()
-        with pytest.raises(ClosedError):
-            ram.collect()
-        with uffd_wp.tracker() as another:
-            again = another.track(memory)
-            wrote = write(memory, 1)
-            assert pages_of(again.collect()) == wrote
+        lose_the_descriptor(uffd_wp, way)
 
     in_child(check)
 

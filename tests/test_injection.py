@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from errno import (
     ETIMEDOUT,
     errorcode,
 )
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,8 @@ class Shim:
         """What the core imports and the shim does not know."""
         names = (self._lib.shim_name(index) for index in count())
         self.names = [name.decode() for name in iter(lambda: next(names), None)]
+        self.written = self.told = 0
+        """Pages, on all stages."""
 
     def arm(self, fault: Fault | None) -> None:
         """Count from 0, and let one call fail."""
@@ -218,18 +222,28 @@ class Shim:
         return self._lib.shim_mapped(), self._lib.shim_allocated()
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The path of the compiled shim."""
-    compiler = os.environ.get("CC", "cc")
-    if shutil.which(compiler) is None:
-        lacking("cc", "no C compiler (ENOENT)", "apt-get install gcc")
-    path = tmp_path_factory.mktemp("shim") / "shim.so"
-    command = [compiler, "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", path, SHIM]
-    done = subprocess.run(
-        [*map(str, command), f"-I{ROOT / 'pagemapcompat' / 'native'}"], capture_output=True, text=True, check=False
-    )
+_folder = tempfile.TemporaryDirectory()
+
+
+@cache
+def compiled() -> str | None:
+    """The path of the compiled shim; None without a compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    path = f"{_folder.name}/shim.so"
+    options = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'pagemapcompat' / 'native'}"]
+    done = subprocess.run([compiler, *options, "-o", path, SHIM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture
+def shim() -> str:
+    """The path of the compiled shim."""
+    path = compiled()
+    if path is None:
+        lacking("cc", "no C compiler (ENOENT)", "apt-get install gcc")
     return str(path)
 
 
@@ -306,6 +320,7 @@ class Stage:
             libc.fill(PLACE + page * PAGE, 1, self.content[page])
         for owed in self.owed.values():
             owed.update(pages)
+        self.shim.written += len(pages)
 
     def remap(self, *pages: int) -> None:
         """Map pages anew, which takes their registration away."""
@@ -323,6 +338,7 @@ class Stage:
         passed = range((result.range.start - PLACE) // PAGE, (result.walk_end - PLACE) // PAGE)
         assert self.owed[reader].intersection(passed) <= told, "written pages were called clean"
         self.owed[reader] -= told
+        self.shim.told += len(told)
 
     @contextmanager
     def fault(self, reader: Cursor | None = None) -> Iterator[None]:
@@ -772,6 +788,22 @@ def play(shim: Shim, flavour: Flavour, kind: str, scene: Scene, fault: Fault | N
         return stage.calls
     finally:
         stage.end()
+
+
+def strike(shim: Shim, flavour: Flavour, kind: str, dice: random.Random) -> None:
+    """Play one scene, with one of the faults that it may have."""
+    probe()  # whose answer is remembered
+    scene = dice.choice(SCENES)
+    calls = play(shim, flavour, kind, scene, None)
+    ways = [list(filter(is_made, faults(Counter({name: number})))) for name, number in sorted(calls.items())]
+    fault = dice.choice(dice.choice([some for some in ways if some] or [[None]]))
+    kept = shim.kept()
+    try:
+        play(shim, flavour, kind, scene, fault)
+        assert (fault and keeps(fault)) or shim.kept() == kept, "memory was not given back"
+    except Exception as error:
+        error.add_note(f"{scene.__name__}, with {fault}")
+        raise
 
 
 def keeps(fault: Fault) -> bool:

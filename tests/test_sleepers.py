@@ -97,36 +97,38 @@ def unmap(asleep: Asleep) -> None:
     asleep.tracker.close()
 
 
-@pytest.mark.parametrize(
-    "deed",
-    [close_tracker, close_range, close_beside_a_child, raise_inside, drop_everything, unmap],
-    ids=lambda deed: deed.__name__,
-)
+DEEDS = (close_tracker, close_range, close_beside_a_child, raise_inside, drop_everything, unmap)
+
+
+def wake(flavour: Flavour, deed: Callable[[Asleep], None]) -> int:
+    """By a deed. What they wrote to can be tracked anew, exactly. Returns how many pages were."""
+    asleep = Asleep(flavour.tracker())
+    deed(asleep)
+    asleep.wake()
+    with flavour.tracker() as another:
+        again = another.track(asleep.memory)
+        wrote = write(asleep.memory, 1, 3, 6)
+        assert pages_of(again.collect()) == wrote
+    return len(wrote)
+
+
+@pytest.mark.parametrize("deed", DEEDS, ids=lambda deed: deed.__name__)
 def test_sleepers_wake(flavour: Flavour, deed: Callable[[Asleep], None]) -> None:
-    """And what they wrote to can be tracked anew, exactly."""
-
-    def check() -> None:
-        asleep = Asleep(flavour.tracker())
-        deed(asleep)
-        asleep.wake()
-        with flavour.tracker() as another:
-            again = another.track(asleep.memory)
-            wrote = write(asleep.memory, 1, 6)
-            assert pages_of(again.collect()) == wrote
-
-    in_child(check)
+    """Whatever is done to their tracker."""
+    in_child(wake, flavour, deed)
 
 
-def ends(status: int, how: Callable[[], object]) -> Callable[[Flavour], None]:
+def ends(status: int, how: Callable[[], object]) -> Callable[[Flavour], int]:
     """A process whose writers sleep ends in some way."""
 
-    def check(flavour: Flavour) -> None:
+    def check(flavour: Flavour) -> int:
         pid = os.fork()
         if pid == 0:
             Asleep(flavour.tracker())
             how()
             os._exit(99)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
+        return 0
 
     return check
 
@@ -166,8 +168,8 @@ except KeyboardInterrupt:
     assert run_child(code) == ""
 
 
-def test_a_child_outlives_its_parent_and_its_sleepers(flavour: Flavour) -> None:
-    """The parent ends though a child holds the descriptors that its writers wait for; the child goes on and ends."""
+def outlive(flavour: Flavour) -> int:
+    """A child holds the descriptors that its parent's writers wait for when that ends. Returns the pages it tracked."""
 
     def child(asleep: Asleep, alone: int, answer: int) -> None:
         os.read(alone, 1)  # until the parent is gone, and with it the other end
@@ -198,13 +200,17 @@ def test_a_child_outlives_its_parent_and_its_sleepers(flavour: Flavour) -> None:
                 os._exit(0)
         os._exit(0)
 
-    def check() -> None:
-        told, answer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            parent(answer)
-        assert os.waitpid(pid, 0)[1] == 0
-        os.close(answer)
-        assert os.read(told, 4) == b"well"
+    told, answer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        parent(answer)
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(answer)
+    assert os.read(told, 4) == b"well"
+    os.close(told)
+    return 2 * SLEEPERS
 
-    in_child(check)
+
+def test_a_child_outlives_its_parent_and_its_sleepers(flavour: Flavour) -> None:
+    """The parent ends; the child goes on, and ends."""
+    in_child(outlive, flavour)

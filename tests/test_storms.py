@@ -158,9 +158,12 @@ def test_keyboard_interrupts_lose_nothing(flavour: Flavour, handshake: bool) -> 
 def forgets(cursor: Cursor, *where: int, **options: int) -> ScanResult:
     """As if what was written since the last collect were lost now and then."""
     forgets.calls += 1
-    if forgets.calls % 5 == 0:
+    if forgets.calls % forgets.every == 0:
         cursor.reset(3 * PAGE, 5 * PAGE)
     return type(cursor).taken(cursor, *where, **options)
+
+
+forgets.every = 5
 
 
 def looks_then_resets(cursor: Cursor, *where: int, **options: int) -> ScanResult:
