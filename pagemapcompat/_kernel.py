@@ -449,12 +449,17 @@ scan: Callable[[Any, int, int, int, int, Result], int] = lib.pmc_scan
 
 Returns the number of regions.
 
-These three are the C functions themselves: where memory is small, a call in between takes as long as the scan.
+The first three are the C functions themselves: where memory is small, a call in between takes as long as the scan.
 """
 scan_all: Callable[[Any, int, Result], int] = lib.pmc_scan_all
 """Likewise all of the range, without a limit: of a cursor and flags. Each argument less saves 20 ns."""
 reset: Callable[[Any, int, int, int, Result], int] = lib.pmc_reset
 """Protect, whatever was written: of a cursor, start, end and flags. Says in *result* what failed."""
+owe: Callable[[Result], int] = lib.pmc_owe
+"""Give the pages of a result that reached nobody back.
+
+Also the C function itself: where it is called first thing in a handler, no second interrupt comes before it.
+"""
 
 
 def unprotect(handle: RangeHandle, start: int, end: int, result: Result) -> int:
@@ -465,11 +470,6 @@ def unprotect(handle: RangeHandle, start: int, end: int, result: Result) -> int:
 def rearm(handle: RangeHandle, start: int, end: int, result: Result) -> int:
     """Register and protect what has lost its registration."""
     return int(lib.pmc_rearm(handle.c, start, end, result))
-
-
-def owe(result: Result) -> int:
-    """Give the pages of a result that reached nobody back."""
-    return int(lib.pmc_owe(result))
 
 
 def operation(result: Result) -> str:

@@ -324,8 +324,9 @@ class Backend:
         except BaseException:
             _kernel.owe(result)
             raise
-        # No call lies between this and the caller, so no interrupt does. One that comes earlier, or a second one in the
-        # handler above, leaves the pages undelivered, and freeing the result gives them back.
+        # CPython looks for signals when a function begins, when one in C has returned, and in loops: not from here to
+        # the caller, nor from an interrupt to the call that gives the pages back. So it does not matter who keeps the
+        # interrupt, its traceback and this frame.
         if rc < _FEW:
             spare += (result,)
         result.delivered = 1

@@ -147,37 +147,30 @@ class ParanoidBackend(Backend):
     def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
         """ENGAGE_WP + GET, compared. What an error had taken is compared too."""
         shadow = self._shadow(on)
-        with shadow.lock:
-            turn = _Turn(on, shadow)
-            try:
-                answer = super().get_and_engage_wp(on, asked, max_pages, rearm=rearm)
-            except KernelError as error:
-                if error.collected is not None:
-                    error.collected._result.delivered = 0  # noqa: SLF001 - its friend
-                    self._agree_before_delivery(turn, asked, error.collected)
-                    turn.end()
-                    error.collected._result.delivered = 1  # noqa: SLF001 - its friend
-                raise
-            answer._result.delivered = 0  # noqa: SLF001 - its friend
-            on.spare[:] = ()  # nothing but the answer has it: with that it goes, and gives its pages back
-            self._agree_before_delivery(turn, asked, answer)
-            turn.end()
-        # As in the real one: no call lies between this and the caller.
-        answer._result.delivered = 1  # noqa: SLF001 - its friend
-        return answer
-
-    def _agree_before_delivery(self, turn: _Turn, asked: AddressRange, answer: ScanResult) -> None:
-        """Compare an answer, which an interrupt gives back until it is delivered."""
-        pages = answer._result  # noqa: SLF001 - its friend
+        answer: ScanResult | None = None
         try:
-            self._agree(turn, pages, AddressRange(asked.start, answer.walk_end))
+            with shadow.lock:
+                turn = _Turn(on, shadow)
+                try:
+                    answer = super().get_and_engage_wp(on, asked, max_pages, rearm=rearm)
+                except KernelError as error:
+                    answer = error.collected
+                    if answer is not None:
+                        self._agree(turn, answer._result, _walked(asked, answer))  # noqa: SLF001 - its friend
+                        turn.end()
+                    raise
+                self._agree(turn, answer._result, _walked(asked, answer))  # noqa: SLF001 - its friend
+                turn.end()
         except PagemapCompatError as error:
-            error.collected = answer
-            pages.delivered = 1
+            if answer is not None:
+                error.collected = answer
             raise
         except BaseException:
-            _kernel.owe(pages)
+            if answer is not None:
+                answer._result.delivered = 0  # noqa: SLF001 - the real one took it for delivered
+                _kernel.owe(answer._result)  # noqa: SLF001 - its friend
             raise
+        return answer
 
     def take(self, on: Attached, pages: _kernel.Result, *, rearm: bool) -> None:
         """ENGAGE_WP + GET of all of it, compared."""
@@ -258,6 +251,10 @@ class ParanoidBackend(Backend):
 
 def _pages(asked: AddressRange) -> _kernel.Result:
     return _kernel.result_of(asked.start, asked.end) if asked.length else _kernel.new_result()
+
+
+def _walked(asked: AddressRange, answer: ScanResult) -> AddressRange:
+    return AddressRange(asked.start, answer.walk_end)
 
 
 def _without(pages: _kernel.Result, others: Iterable[tuple[int, int, int]]) -> _kernel.Result:

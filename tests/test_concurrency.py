@@ -583,7 +583,10 @@ class Interrupter:
 def test_an_interrupt_anywhere_in_collect_loses_no_page(  # type: ignore[no-untyped-def]
     flavour: Flavour, area, twice: bool, untracked: bool
 ) -> None:
-    """At each point of one collect in turn, whether it would succeed or raise: the pages come with the next one."""
+    """At each point of one collect in turn, whether it would succeed or raise: the pages come with the next one.
+
+    Even while somebody keeps the interrupt, and with its traceback all that the call had, as interactive shells do.
+    """
     memory = area(8)
 
     def collected(ram: TrackedRange) -> set[int]:
@@ -599,6 +602,7 @@ def test_an_interrupt_anywhere_in_collect_loses_no_page(  # type: ignore[no-unty
             if untracked:
                 libc.mmap(PAGE, address=memory.start + 7 * PAGE)
             lost, step, interrupted = [], 0, True
+            kept: list[BaseException] = []
             while interrupted:
                 step += 1
                 for page in (2, 5):
@@ -607,7 +611,8 @@ def test_an_interrupt_anywhere_in_collect_loses_no_page(  # type: ignore[no-unty
                 try:
                     with interrupter:
                         got = collected(ram)
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as error:
+                    kept.append(error)
                     interrupted = True
                 interrupted = interrupted or interrupter.raised > 0
                 if got | collected(ram) != {2, 5}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import mmap
@@ -905,8 +904,12 @@ def test_an_interrupt_anywhere_loses_nothing(
     twice: bool,
     unit: int,
 ) -> None:
-    """At each point of a call, the release of the lock among them: the next one has its pages, and no other."""
+    """At each point of a call, the release of the lock among them: the next one has its pages, and no other.
+
+    Even while somebody keeps the interrupt, and with its traceback all that the call had.
+    """
     memory = private(PAGES)
+    kept: list[BaseException] = []
 
     def check() -> None:
         with flavour.tracker() as tracker:
@@ -918,9 +921,12 @@ def test_an_interrupt_anywhere_loses_nothing(
                     step += 1
                     due = of(*write(memory, 2, 5, 9))
                     interrupter, got = Interrupter(method, step, twice), []
-                    with contextlib.suppress(KeyboardInterrupt), interrupter:
-                        answer = ask(watch, count)
-                        got = list(answer)
+                    try:
+                        with interrupter:
+                            answer = ask(watch, count)
+                            got = list(answer)
+                    except KeyboardInterrupt as error:
+                        kept.append(error)
                     raised = interrupter.raised
                     if (rest := list(watch.get(reset=True))) != due[len(got) :]:
                         lost.append((step, got, rest))
