@@ -175,7 +175,8 @@ class DirtyTracker:
         require: Promises that you cannot do without.
 
         on_untracked: What `collect` and `reset` do where memory has lost its registration, because it was unmapped and
-            mapped anew or moved there: "raise" NotTrackedError, or "rearm" it and report it written once.
+            mapped anew or moved there: "raise" NotTrackedError, or "rearm" it and report it written once. What another
+            thread maps anew as fast as a call rearms it is reported too, and left to the next call.
 
     Raises:
         InvalidArgumentError: An unknown backend or policy.

@@ -10,7 +10,7 @@
 
 #include "internal.h"
 
-#define REARMS 1024 // of one place, by one call, beside who maps it anew each time: a tenth of a second and more
+#define REARMS 8 // of one place, by one call, beside somebody who maps it anew each time
 
 int pmc_enter_range(struct pmc_range *range)
 {
@@ -56,7 +56,8 @@ static int rearm(struct pmc_range *range, uint64_t start, uint64_t end)
 	return rc ? rc : pmc_reset_stretch(range, start, end, &walk_end);
 }
 
-// Rearms the first untracked stretch of [start, end), which is in *result* then. 1: there was one, 0: there was none, or -errno.
+// Rearms the first untracked stretch of [start, end), which is in *result* then. 1: there was one, and it is armed, or owed and not
+// tracked as before; 0: there was none; or -errno.
 static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result)
 {
 	struct pmc_tracker *tracker = range->tracker;
@@ -69,9 +70,11 @@ static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, str
 	result->untracked_end = to;
 	for (unsigned looks = 1;; looks++) {
 		rc = rearm(range, from, to);
-		if ((rc != -EINVAL && rc != -ENOENT) || looks == PMC_LOOKS)
-			return rc ? rc : 1;
-		// Part of it was unmapped, or mapped anew, in between; of what is a hole now, nothing is left to do.
+		if (!rc || rc == -ENOENT) // it may be mapped anew as soon as it is registered
+			return 1;
+		if (rc != -EINVAL || looks == PMC_LOOKS)
+			return rc;
+		// Part of it was unmapped in between; of what is a hole now, nothing is left to do.
 		pmc_look_again(&tracker->vmas, looks);
 		rc = pmc_find_vma(tracker, from, &vma);
 		if (rc <= 0 || vma.start >= to)
@@ -96,7 +99,24 @@ struct refusals {
 	uint64_t at;
 	unsigned rearms;
 	unsigned looks; // since the last of them, and each found nothing
+	uint64_t left_until; // or 0: the memory up to there stays untracked, and is owed
 };
+
+// Somebody maps the memory at *pos* anew whenever it is registered. It is left as it is, for the next call will find that: until
+// then all of it counts as written.
+static int leave_untracked(struct pmc_range *range, uint64_t pos, uint64_t end, uint64_t *until)
+{
+	uint64_t from;
+	int rc = pmc_next_untracked(range, pos, end, &from, until);
+	if (rc < 0)
+		return rc;
+	if (!rc || from > pos) { // by now it is tracked, or a hole; the engine has seen otherwise
+		uint64_t unit = 1ull << pmc_piece_at(range, pos)->page_shift;
+		*until = min_u64(end, align_down(pos, unit) + unit);
+	}
+	pmc_owe_others(range, pos, *until, NULL);
+	return 0;
+}
 
 // The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
 static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags, struct refusals *refusals,
@@ -118,8 +138,7 @@ static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uin
 			pmc_look_again(&tracker->vmas, (unsigned)min_u64(refusals->rearms, PMC_LOOKS));
 			return 0;
 		}
-		tracker->operation = "UFFDIO_WRITEPROTECT";
-		return -ENOENT;
+		return leave_untracked(range, pos, end, &refusals->left_until);
 	}
 	// It went, or was registered, in between: the engine looks again.
 	if (++refusals->looks < PMC_LOOKS) {
@@ -195,36 +214,43 @@ static bool make_room(struct pmc_tracker *tracker, struct pmc_result *result, ui
 	return false;
 }
 
-// Hands out the owed pages [start, end), which lie in one piece, and protects them again. *walk_end: done up to there.
-static int take_owed(struct pmc_cursor *cursor, const struct piece *piece, uint64_t start, uint64_t end, bool engage,
-		     struct pmc_result *result, uint64_t *walk_end)
+// Hands out the owed pages [start, end). *walk_end: done up to there.
+static int pay(struct pmc_cursor *cursor, uint64_t start, uint64_t end, bool engage, struct pmc_result *result, uint64_t *walk_end)
 {
 	struct pmc_tracker *tracker = cursor->range->tracker;
-	uint64_t done = end;
 	struct vma vma;
-	// All of it is owed to this cursor already.
-	int rc, failed = engage ? take_for_others(cursor, piece, start, end, &done) : 0;
 
 	*walk_end = start;
 	pmc_vmas_refresh(&tracker->vmas);
-	while (*walk_end < done) {
+	while (*walk_end < end) {
 		uint64_t from = *walk_end;
-		rc = pmc_find_vma(tracker, from, &vma);
+		int rc = pmc_find_vma(tracker, from, &vma);
 		if (rc < 0)
 			return rc;
-		if (!rc || vma.start >= done) {
-			*walk_end = done; // what was unmapped meanwhile is not reported
+		if (!rc || vma.start >= end) {
+			*walk_end = end; // what was unmapped meanwhile is not reported
 		} else {
 			if (!make_room(tracker, result, 1))
 				return 0;
-			*walk_end = min_u64(vma.end, done);
+			*walk_end = min_u64(vma.end, end);
 			pmc_result_append(result, max_u64(vma.start, from), *walk_end, PAGE_IS_WRITTEN,
 					  tracker->page_shift);
 		}
 		if (engage)
 			pmc_cursor_settle(cursor, from, *walk_end);
 	}
-	return failed;
+	return 0;
+}
+
+// Hands out the owed pages [start, end), which lie in one piece, and protects them again. *walk_end: done up to there.
+static int take_owed(struct pmc_cursor *cursor, const struct piece *piece, uint64_t start, uint64_t end, bool engage,
+		     struct pmc_result *result, uint64_t *walk_end)
+{
+	uint64_t done = end;
+	// All of it is owed to this cursor already.
+	int failed = engage ? take_for_others(cursor, piece, start, end, &done) : 0;
+	int rc = pay(cursor, start, done, engage, result, walk_end);
+	return rc ? rc : failed;
 }
 
 // Where the first page of [start, end) is that is owed and was not unmapped since, or end.
@@ -305,7 +331,10 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 				if (max_pages)
 					limit = min_u64(limit, pos + max_u64(align_down(left << shift, 1ull << piece->page_shift),
 									     1ull << piece->page_shift));
-				rc = take_owed(cursor, piece, pos, limit, engage, result, &walk_end);
+				if (pos < refusals.left_until)
+					rc = pay(cursor, pos, min_u64(limit, refusals.left_until), engage, result, &walk_end);
+				else
+					rc = take_owed(cursor, piece, pos, limit, engage, result, &walk_end);
 				if (walk_end == pos && !rc)
 					break;
 				pos = walk_end;
@@ -430,7 +459,7 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 		rc = untracked_at(cursor->range, pos, end, flags, &refusals, result);
 		if (rc < 0)
 			break;
-		rc = 0;
+		pos = max_u64(pos, refusals.left_until);
 	}
 	pmc_cursor_settle(cursor, start, pos);
 	result->walk_end = pos;
