@@ -542,6 +542,8 @@ class UffdWpBackend(Backend):
             features |= UffdFeature.WP_HUGETLBFS_SHMEM
         if self._marks_empty:
             features |= UffdFeature.WP_UNPOPULATED
+        if self._report.supports(Feature.UFFD_THREAD_ID):
+            features |= UffdFeature.THREAD_ID  # whom the fault thread follows
         return features
 
     def _abilities(self) -> int:

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <link.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -30,7 +31,7 @@ typedef long (*function)(long, ...);
 	X(calloc) X(close) X(fcntl) X(free) X(ioctl) X(lseek) X(madvise) X(malloc) X(mincore) X(mmap) X(mprotect) X(mremap) \
 	X(munlock) X(munmap) X(open) X(prctl) X(pread) X(process_vm_readv) X(pthread_attr_init) \
 	X(pthread_attr_setstack) X(pthread_create) X(pthread_setname_np) X(pwrite) X(read) X(realloc) \
-	X(syscall) X(sysinfo)
+	X(sched_getaffinity) X(sched_setaffinity) X(syscall) X(sysinfo)
 
 #define NUMBER_OF(symbol) SYMBOL_##symbol,
 enum symbol { SYMBOLS(NUMBER_OF) SYMBOL_COUNT };
@@ -90,6 +91,8 @@ static struct entry entries[] = {
 	PLAIN(pwrite, MINUS_ONE),
 	PLAIN(read, MINUS_ONE),
 	PLAIN(realloc, NULL_POINTER),
+	PLAIN(sched_getaffinity, MINUS_ONE),
+	PLAIN(sched_setaffinity, MINUS_ONE),
 	PLAIN(sysinfo, MINUS_ONE),
 };
 #define ENTRIES (sizeof(entries) / sizeof(*entries))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from children import Crew, Mirror, in_child, plain
+from children import Crew, Mirror, in_child, name_of, plain
 from conftest import PAGE, Flavour, claims, flavours, lacking, libc, pages_of, private, run_child, use_flavour, write
 
 from pagemapcompat import (
@@ -25,6 +26,7 @@ from pagemapcompat import (
     Guarantee,
     KernelError,
     NotTrackableError,
+    TrackedRange,
     _kernel,
 )
 
@@ -289,5 +291,182 @@ def test_thread_local_storage_of_any_size(kib: int, tmp_path: Path) -> None:
             memory[2 * mmap.PAGESIZE] = 1
             assert list(ram.collect().page_indices()) == [2]
             assert tracker.statistics().faults >= 1
+        """
+    run_child(program, env={"LD_PRELOAD": str(library)})
+
+
+# -- Where it runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cpus() -> list[int]:
+    """Two that this process may use."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        lacking("cpus", "this process may use one", "a machine with two")
+    return cpus[:2]
+
+
+def fault_thread() -> int:
+    """The thread id of the only one in this process."""
+    (thread,) = (task for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat")
+    return int(thread)
+
+
+def write_from(cpu: int, memory: AddressRange, ram: TrackedRange) -> None:
+    """Write to each page for the first time since it was protected, on one CPU: more faults than between two looks."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    for _ in range(4):
+        ram.reset()
+        for address in range(memory.start, memory.end, PAGE):
+            libc.fill(address)
+    os.sched_setaffinity(0, before)
+
+
+def test_it_runs_where_its_writer_does(
+    uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]
+) -> None:
+    """A writer that goes to another CPU is followed, and so is the one after it; where it came from is forgotten."""
+    memory = area(64)
+
+    def check() -> None:
+        with uffd_wp.tracker() as tracker:
+            ram, thread = tracker.track(memory), fault_thread()
+            given = os.sched_getaffinity(thread)
+            assert given == os.sched_getaffinity(0)
+            for cpu in (*two_cpus, *two_cpus):
+                write_from(cpu, memory, ram)
+                assert os.sched_getaffinity(thread) == {cpu}
+                with ThreadPoolExecutor(1) as another:
+                    another.submit(write_from, two_cpus[0], memory, ram).result()
+                assert os.sched_getaffinity(thread) == {two_cpus[0]}
+
+    in_child(check)
+
+
+def test_it_follows_nobody_when_several_write(
+    uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]
+) -> None:
+    """It may run where it might before, as soon as another writes than the one it is with."""
+    memory = area(64)
+
+    def check() -> None:
+        with uffd_wp.tracker() as tracker:
+            ram, thread = tracker.track(memory), fault_thread()
+            given = os.sched_getaffinity(thread)
+            write_from(two_cpus[1], memory, ram)
+            assert os.sched_getaffinity(thread) != given
+            ram.reset()
+            with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+                for address in range(memory.start, memory.end, 2 * PAGE):
+                    one.submit(libc.fill, address).result()
+                    other.submit(libc.fill, address + PAGE).result()
+                assert os.sched_getaffinity(thread) == given
+            assert len(pages_of(ram.collect())) == 64
+
+    in_child(check)
+
+
+def test_it_stays_on_the_cpus_it_was_given(
+    uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]
+) -> None:
+    """Those of who made the tracker, or what somebody says later, wherever its writers are."""
+    memory, (first, second) = area(64), two_cpus
+
+    def check() -> None:
+        os.sched_setaffinity(0, {first})
+        with uffd_wp.tracker() as tracker:
+            ram, thread = tracker.track(memory), fault_thread()
+            write_from(second, memory, ram)
+            assert os.sched_getaffinity(thread) == {first}
+            os.sched_setaffinity(thread, {first, second})
+            write_from(second, memory, ram)
+            assert os.sched_getaffinity(thread) == {second}
+            os.sched_setaffinity(thread, {first})
+            write_from(second, memory, ram)
+            assert os.sched_getaffinity(thread) == {first}
+
+    in_child(check)
+
+
+def test_a_writer_that_has_proc_locked(uffd_wp: Flavour, area: Callable[..., AddressRange]) -> None:
+    """It lists the very directory whose files say where writers are, into tracked memory: nobody waits for it for ever.
+
+    Who opens one of these waits for it as soon as a third thread wants to create one.
+    """
+    memory = area(64)
+
+    def check() -> None:
+        with uffd_wp.tracker() as tracker:
+            ram = tracker.track(memory)
+            if not claims(tracker, Guarantee.KERNEL_WRITES):
+                lacking("kernel-writes", "no KERNEL_WRITES", "run as root, or vm.unprivileged_userfaultfd=1")
+            crew, done = Crew(), threading.Event()
+
+            def listing() -> None:
+                unlocked, folder = ctypes.CDLL(None), os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY)
+                while not done.is_set():
+                    for page in range(0, 64, 2):
+                        os.lseek(
+                            folder, 0, os.SEEK_SET
+                        )  # the first two entries, for what was listed is found without the lock
+                        assert unlocked.getdents64(folder, ctypes.c_void_p(memory.start + page * PAGE), 64) >= 0
+                os.close(folder)
+
+            def writing() -> None:
+                for page in range(1, 64, 2):
+                    libc.fill(memory.start + page * PAGE)
+
+            def creating() -> None:
+                while not done.is_set():
+                    with contextlib.suppress(OSError):
+                        os.close(os.open("/proc/self/task/none", os.O_CREAT | os.O_WRONLY))
+
+            crew.add(listing)
+            crew.add(creating)
+            for _ in range(60):  # each a thread that nobody has looked for
+                with ThreadPoolExecutor(1) as writer:
+                    writer.submit(writing).result()
+                    assert set(range(1, 64, 2)) <= pages_of(ram.collect())
+            done.set()
+            crew.join()
+
+    in_child(check)
+
+
+SET_FORWARD = """
+#define _GNU_SOURCE
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+	int rc = syscall(SYS_clock_gettime, clock, now);
+	if (!rc && clock == CLOCK_REALTIME)
+		now->tv_sec -= 3600;
+	return rc;
+}
+"""
+"""What a clock says that is set an hour forward before anybody waits by it."""
+
+
+def test_a_clock_that_is_set_while_a_tracker_is_closed(uffd_wp: Flavour, tmp_path: Path) -> None:
+    """The fault thread is waited for all the same, and everything is given back."""
+    source, library = tmp_path / "clock.c", tmp_path / "clock.so"
+    source.write_text(SET_FORWARD)
+    if not shutil.which("gcc"):
+        lacking("cc", "no C compiler (ENOENT)", "apt-get install gcc")
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True, timeout=60)
+    program = """
+        import mmap
+        from children import resources
+        from pagemapcompat import DirtyTracker
+        DirtyTracker("uffd-wp").close()
+        before = resources()
+        for _ in range(200):  # of which some close before the fault thread has had time to end
+            DirtyTracker("uffd-wp").close()
+        assert resources() == before
         """
     run_child(program, env={"LD_PRELOAD": str(library)})

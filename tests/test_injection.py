@@ -126,12 +126,15 @@ ERRNOS = {
     "pwrite": (EACCES, EFAULT, EINTR, EIO, ENOMEM),
     "read": (EINTR, EIO, ENOMEM),
     "realloc": (ENOMEM,),
+    "sched_getaffinity": (EINVAL,),
+    "sched_setaffinity": (EINVAL, EPERM),
     "sysinfo": (EFAULT,),
 }
 """Sources: the manual pages, and fs/userfaultfd.c, mm/userfaultfd.c and fs/proc/task_mmu.c of 5.10 to 6.18."""
 
-OWN = {"read": (EAGAIN, EFAULT, EINTR)}
-"""Where the fault thread is told something else than others are. Source: fs/userfaultfd.c, userfaultfd_read."""
+OWN = {"read": (EAGAIN, EFAULT, EINTR), "pread": (EINTR, ENOMEM, ESRCH)}
+"""Where the fault thread is told something else than others are. Source: fs/userfaultfd.c, userfaultfd_read;
+fs/proc/base.c, proc_single_show."""
 
 LATE = {
     AFTERWARDS: {
@@ -159,7 +162,7 @@ def is_transient(name: str, error: int) -> bool:
 
 INFALLIBLE = {
     *("clock_gettime", "getpid", "sigfillset", "sysconf", "__errno_location"),
-    *("memchr", "memcmp", "memcpy", "memmove", "memset", "strcmp", "strcspn", "strncmp", "strspn"),
+    *("memchr", "memcmp", "memcpy", "memmove", "memset", "strchr", "strcmp", "strcspn", "strncmp", "strrchr", "strspn"),
     "__stack_chk_fail",
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_join", "pthread_self", "pthread_sigmask"),
@@ -906,6 +909,18 @@ def ending(stage: Stage) -> None:
     stage.forget()
 
 
+def following(stage: Stage) -> None:
+    """The fault thread follows one writer, whose file has been opened."""
+    stage.ready()
+    for _ in range(2):  # the second collect finds that it was asked for
+        stage.write(*WRITABLE)
+        stage.take(stage.ram, stage.ram.collect())
+    with stage.fault():
+        for _ in range(4):
+            stage.write(*WRITABLE)
+            stage.take(stage.ram, stage.ram.collect())
+
+
 def answer(stage: Stage, scene: Scene, fault: Fault | None) -> Counter[str]:
     """Play one of these. Writers go on; when the fault thread does not, the next call says so, and why."""
     try:
@@ -933,7 +948,7 @@ def answer(stage: Stage, scene: Scene, fault: Fault | None) -> Counter[str]:
         stage.end()
 
 
-@pytest.mark.parametrize("scene", [serving, ending], ids=lambda scene: scene.__name__)
+@pytest.mark.parametrize("scene", [serving, following, ending], ids=lambda scene: scene.__name__)
 def test_every_call_of_the_fault_thread_fails_in_turn(shim: str, uffd_wp: Flavour, scene: Scene) -> None:
     """Nobody who waits for it waits for ever."""
     counting = Fault("read", 0, 0, own=True)
@@ -1005,7 +1020,7 @@ def test_a_mapping_that_cannot_be_unregistered(shim: str, uffd_wp: Flavour) -> N
 
 @pytest.mark.parametrize("name", ["collect", "reset"])
 def test_memory_that_is_mapped_anew_as_often_as_it_is_rearmed(shim: str, flavour: Flavour, name: str) -> None:
-    """Nobody waits for that to end. It is reported, to every reader, and still untracked, so that the next call finds it."""
+    """Nobody waits for that to end: it is reported, to every reader, and left untracked for the next call to find."""
     protecting = "PAGEMAP_SCAN" if flavour.backend == "pagemap-scan" else "UFFDIO_WRITEPROTECT"
 
     def check() -> None:
@@ -1164,7 +1179,7 @@ def test_every_function_is_made_to_fail(shim: str, monkeypatch: pytest.MonkeyPat
                 for scene in SCENES:
                     done.update(fault.name for fault in faults(play(attached, flavour, kind, scene, None)))
             if flavour.backend == "uffd-wp":
-                for scene in (serving, ending):
+                for scene in (serving, following, ending):
                     stage = Stage(attached, flavour, "private", Fault("read", 0, 0, own=True))
                     calls = answer(stage, scene, None)
                     done.update(fault.name for fault in faults(calls, own=True))

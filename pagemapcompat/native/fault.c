@@ -5,7 +5,7 @@
 // nor anything that a thread holding the GIL may hold: no Python, no malloc, no stdio, no mutex of the tracker. What is left:
 //  - memory: the tracker's own pages, this thread's own stack. None of it can be tracked (pmc_range_create refuses).
 //  - one lock, fault_lock, which others hold only around system calls that touch nothing but the tracker's own pages.
-//  - system calls: read, ioctl, futex.
+//  - system calls: read, pread, ioctl, futex, and those that tie it to a CPU (follow.c).
 // If one of these fails there is nobody left to wake the writers, so everything is unregistered first, which wakes
 // them and lets their stores through untracked; the next call on the tracker fails loudly.
 //
@@ -43,6 +43,20 @@ void pmc_fair_unlock(struct fair_lock *lock)
 	unsigned serving = atomic_fetch_add(&lock->serving, 1) + 1;
 	if (atomic_load(&lock->next) != serving)
 		syscall(SYS_futex, &lock->serving, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+}
+
+void pmc_hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before)
+{
+	sigset_t all;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, before);
+	pmc_fair_lock(&tracker->fault_lock);
+}
+
+void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before)
+{
+	pmc_fair_unlock(&tracker->fault_lock);
+	pthread_sigmask(SIG_SETMASK, before, NULL);
 }
 
 static void log_write(struct pmc_tracker *tracker, uint64_t address)
@@ -106,7 +120,7 @@ static int serve(struct pmc_tracker *tracker)
 	struct span woken[MESSAGES];
 
 	for (;;) {
-		size_t answers = 0;
+		size_t answers = 0, count;
 		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
 		if (got < 0 && (errno == EINTR || errno == EAGAIN))
 			continue;
@@ -115,9 +129,13 @@ static int serve(struct pmc_tracker *tracker)
 		// Nothing but faults was asked for in the handshake, so anything else comes from somebody else's file.
 		if (!got || (size_t)got % sizeof(*messages))
 			return -EBADF;
-		for (size_t i = 0; i < (size_t)got / sizeof(*messages); i++) {
+		count = (size_t)got / sizeof(*messages);
+		uint32_t writer = messages[0].arg.pagefault.thread_id;
+		for (size_t i = 0; i < count; i++) {
 			if (messages[i].event != UFFD_EVENT_PAGEFAULT)
 				return -EBADF;
+			if (messages[i].arg.pagefault.thread_id != writer)
+				writer = 0;
 			uint64_t address = messages[i].arg.pagefault.address;
 			// Its writer was woken with the one before, and may be through: by now the page may have been collected, and
 			// opening it again would make it one that was written. A message that is not read yet goes with its writer.
@@ -127,6 +145,7 @@ static int serve(struct pmc_tracker *tracker)
 			if (rc || align_down(address, page_size_of(tracker)) == (uint64_t)(uintptr_t)tracker->bell)
 				return rc;
 		}
+		pmc_follow(tracker, writer);
 	}
 }
 

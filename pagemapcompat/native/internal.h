@@ -1,9 +1,10 @@
 // What the C files share. Layers, each using only those before it:
-// output, image, vmas, uffd, fault, owed, then the engines (words, scan), then tracker, range, cursor, operations and copy.
+// output, image, vmas, uffd, follow, fault, owed, then the engines (words, scan), then tracker, range, cursor, operations and copy.
 #ifndef PMC_INTERNAL_H
 #define PMC_INTERNAL_H
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
@@ -11,6 +12,7 @@
 
 #define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64. An answer of no more is kept to be used again
 #define PMC_VECTOR (8 * PMC_REGIONS) // regions of one call of an engine: a call for each 512 takes 0.4 us more each time
+#define PMC_CPUS 8192 // at most; with more the fault thread stays where it is
 #define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
 #define PMC_WORDS ((32 << 10) / sizeof(uint64_t)) // 32 KiB of pagemap words: from 16 on reading gets no faster
 
@@ -183,6 +185,24 @@ struct pmc_cursor {
 	uint64_t owed_count;
 };
 
+struct cpus {
+	uint64_t bits[PMC_CPUS / 64];
+};
+
+// How the fault thread follows its writer: see follow.c.
+struct follower {
+	atomic_uint wanted; // the thread whose file is to be opened, or 0
+	uint32_t known; // whose was, or 0; under fault_lock
+	int stat; // that file, or -1; under fault_lock
+	// The rest is the fault thread's own.
+	uint32_t thread; // the last writer, or 0
+	uint32_t faults; // since the last look
+	uint32_t wait; // so many until the next one
+	uint32_t moves; // that the last looks found in a row
+	uint32_t cpu; // that it is tied to
+	struct cpus given; // those that it may use
+};
+
 struct pmc_tracker {
 	atomic_int references;
 	int uffd;
@@ -206,6 +226,7 @@ struct pmc_tracker {
 	atomic_int fault_errno; // not 0: the fault thread has ended
 	atomic_ullong faults;
 	struct vmas thread_vmas; // the fault thread's own
+	struct follower follower;
 
 	struct vmas vmas;
 	uint64_t scans;
@@ -256,8 +277,19 @@ int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint3
 // Unregisters what is in [start, end), whatever else has been mapped there since, and wakes its waiters.
 int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t start, uint64_t end);
 
+// -- follow.c -----------------------------------------------------------------------------------------------
+
+void pmc_follower_init(struct follower *follower);
+// Opens what the fault thread has to read to follow its writer, if it has asked. Under the mutex; not in the fault thread.
+void pmc_find_writer(struct pmc_tracker *tracker);
+// After the faults of *thread*, or 0 for several. In the fault thread alone.
+void pmc_follow(struct pmc_tracker *tracker, uint32_t thread);
+
 // -- fault.c ------------------------------------------------------------------------------------------------
 
+// Takes fault_lock. While it is held no signal handler may run on this thread: it could store into tracked memory.
+void pmc_hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before);
+void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before);
 int pmc_fault_thread_start(struct pmc_tracker *tracker);
 void pmc_fault_thread_stop(struct pmc_tracker *tracker);
 

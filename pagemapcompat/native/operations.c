@@ -421,6 +421,7 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 	tracker->scans++;
 	if (flags & PMC_ENGAGE)
 		tracker->pages += result->pages;
+	pmc_find_writer(tracker);
 	rc = pmc_leave(tracker, rc, result);
 	return rc ? rc : (int)min_u64(result->count, INT32_MAX);
 }
@@ -464,6 +465,7 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 	pmc_cursor_settle(cursor, start, pos);
 	result->walk_end = pos;
 	cursor->range->tracker->resets++;
+	pmc_find_writer(cursor->range->tracker);
 	return pmc_leave(cursor->range->tracker, rc, result);
 }
 

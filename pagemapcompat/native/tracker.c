@@ -107,6 +107,7 @@ static void close_descriptors(struct pmc_tracker *tracker)
 {
 	close_descriptor(&tracker->uffd);
 	close_descriptor(&tracker->pagemap);
+	close_descriptor(&tracker->follower.stat);
 	pmc_vmas_close(&tracker->vmas);
 	pmc_vmas_close(&tracker->thread_vmas);
 }
@@ -151,6 +152,7 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 	tracker->uffd = config->uffd;
 	tracker->pagemap = config->pagemap;
 	tracker->vmas.fd = tracker->thread_vmas.fd = -1;
+	pmc_follower_init(&tracker->follower);
 	pthread_mutex_init(&tracker->mutex, NULL);
 
 	int rc = set_up(tracker);

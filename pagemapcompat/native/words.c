@@ -221,21 +221,6 @@ static bool populate(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 	return all;
 }
 
-// While the lock is held no signal handler may run on this thread: it could store into tracked memory.
-static void hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before)
-{
-	sigset_t all;
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, before);
-	pmc_fair_lock(&tracker->fault_lock);
-}
-
-static void release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before)
-{
-	pmc_fair_unlock(&tracker->fault_lock);
-	pthread_sigmask(SIG_SETMASK, before, NULL);
-}
-
 static bool needs_population(const struct pass *pass)
 {
 	return pass->kind == PMC_KIND_ANON && !(pass->tracker->abilities & PMC_CAN_MARK_EMPTY);
@@ -408,7 +393,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 
 		uint64_t stop = pos;
 		if (pass.held)
-			hold_fault_thread(tracker, &signals);
+			pmc_hold_fault_thread(tracker, &signals);
 		rc = pmc_own_words_read(tracker, pos, (end - pos) >> piece->page_shift, piece->page_shift, tracker->words);
 		if (!rc)
 			rc = gather(&pass, pos, end, &stop);
@@ -420,7 +405,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 			rc = engage(&pass, pos, &stop);
 		}
 		if (pass.held)
-			release_fault_thread(tracker, &signals);
+			pmc_release_fault_thread(tracker, &signals);
 		pos = stop;
 		// An answer is handed on in pieces of so many, so that little of the vector is touched.
 		if (stop < end || pass.out.count >= PMC_REGIONS)
@@ -463,7 +448,7 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 		if (look)
 			rc = pmc_own_words_read(tracker, pos, (to - pos) >> piece->page_shift, piece->page_shift, tracker->words);
 		if (logs(tracker))
-			hold_fault_thread(tracker, &signals);
+			pmc_hold_fault_thread(tracker, &signals);
 		if (!rc) {
 			rc = pmc_protect(tracker, pos, to, piece->page_shift, 1, &untracked);
 			*walk_end = rc == -ENOENT ? untracked : rc ? pos : to;
@@ -476,7 +461,7 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 		if (look)
 			remember(&pass, pos, pos, *walk_end);
 		if (logs(tracker))
-			release_fault_thread(tracker, &signals);
+			pmc_release_fault_thread(tracker, &signals);
 		if (rc)
 			break;
 	}

@@ -1,0 +1,152 @@
+// Where the fault thread runs.
+//
+// A writer whose fault thread is on its own CPU waits for two switches of context; else each has to wake the other's CPU, which takes up
+// to 10 times as long where that is idle, or a virtual one. The scheduler leaves the thread wherever it was. So it looks where its writer
+// is, as long as there is one, and ties itself to that CPU: a look takes about as long as a fault, so after a few faults, twice as many, and
+// in the end each LOOK_EVERY. One that the scheduler moves each time is left alone. So are several writers that take turns, and whoever the
+// thread is tied to a CPU for while another comes. It never leaves the CPUs that it was given: those of the thread that made the tracker,
+// or what somebody says later.
+//
+// Where a thread is, /proc tells. To open a file there takes a lock of its directory, which a thread may hold that waits for this one;
+// reading a file that is open takes none but its own (fs/proc/array.c: do_task_stat). So whoever scans or resets opens it.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#define LOOK_FIRST 8 // faults in a row before the first look
+#define LOOK_EVERY 32
+#define MOVES 4 // in a row: it is moved whenever it wakes
+#define REST 5000 // faults without a look, after that
+#define NO_CPU UINT32_MAX
+
+// ---- Whose file is open -----------------------------------------------------------------------------------------
+
+void pmc_follower_init(struct follower *follower)
+{
+	*follower = (struct follower){ .stat = -1, .cpu = NO_CPU, .wait = LOOK_FIRST };
+}
+
+static int open_stat(uint32_t thread)
+{
+	static const char before[] = "/proc/self/task/", after[] = "/stat";
+	char path[sizeof(before) + sizeof(after) + 10], digits[10];
+	size_t length = sizeof(before) - 1, count = 0;
+
+	memcpy(path, before, length);
+	do
+		digits[count++] = (char)('0' + thread % 10);
+	while (thread /= 10);
+	while (count)
+		path[length++] = digits[--count];
+	memcpy(path + length, after, sizeof(after));
+	return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+void pmc_find_writer(struct pmc_tracker *tracker)
+{
+	struct follower *follower = &tracker->follower;
+	uint32_t wanted = atomic_load_explicit(&follower->wanted, memory_order_relaxed);
+	if (!wanted)
+		return;
+	sigset_t signals;
+	int stat = open_stat(wanted), old; // -1: it has ended, or is none of this process: nobody looks for it again
+	pmc_hold_fault_thread(tracker, &signals);
+	old = follower->stat;
+	follower->stat = stat;
+	follower->known = wanted;
+	atomic_store_explicit(&follower->wanted, 0, memory_order_relaxed);
+	pmc_release_fault_thread(tracker, &signals);
+	if (old >= 0)
+		close(old);
+}
+
+// ---- In the fault thread ------------------------------------------------------------------------------------------
+
+// The CPU that a thread last ran on, by "tid (name) state ...": the name may hold anything, and processor is the 37th field behind it
+// (proc_pid_stat(5)).
+static uint32_t parse_cpu(char *text)
+{
+	uint32_t cpu = 0;
+	const char *at = strrchr(text, ')');
+	for (int field = 0; field < 37 && at; field++)
+		at = strchr(at + 1, ' ');
+	if (!at || at[1] < '0' || at[1] > '9')
+		return NO_CPU;
+	for (at++; *at >= '0' && *at <= '9' && cpu < PMC_CPUS; at++)
+		cpu = 10 * cpu + (uint32_t)(*at - '0');
+	return cpu < PMC_CPUS ? cpu : NO_CPU;
+}
+
+static uint32_t look(struct pmc_tracker *tracker, uint32_t thread)
+{
+	struct follower *follower = &tracker->follower;
+	char text[1024];
+	ssize_t got = -1;
+	pmc_fair_lock(&tracker->fault_lock);
+	if (follower->known != thread)
+		atomic_store_explicit(&follower->wanted, thread, memory_order_relaxed);
+	else if (follower->stat >= 0)
+		got = pread(follower->stat, text, sizeof(text) - 1, 0);
+	if (got < 0 && follower->known == thread && follower->stat >= 0)
+		follower->known = 0; // it has ended, and another may have its number
+	pmc_fair_unlock(&tracker->fault_lock);
+	if (got <= 0)
+		return NO_CPU;
+	text[got] = 0;
+	return parse_cpu(text);
+}
+
+// Ties the thread to a CPU, or with NO_CPU no more.
+static void tie(struct follower *follower, uint32_t cpu)
+{
+	struct cpus now = { 0 }, tied = { 0 }; // the kernel fills in as many as it has
+	if (cpu == follower->cpu || sched_getaffinity(0, sizeof(now), (cpu_set_t *)&now))
+		return;
+	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
+	if (follower->cpu != NO_CPU)
+		bit_set(tied.bits, follower->cpu);
+	if (memcmp(&now, &tied, sizeof(now)) != 0)
+		follower->given = now;
+	follower->cpu = NO_CPU;
+	if (cpu != NO_CPU && bit_test(follower->given.bits, cpu)) {
+		memset(&tied, 0, sizeof(tied));
+		bit_set(tied.bits, cpu);
+		if (!sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied))
+			follower->cpu = cpu;
+	} else if (memcmp(&now, &follower->given, sizeof(now)) != 0) {
+		(void)sched_setaffinity(0, sizeof(now), (cpu_set_t *)&follower->given);
+	}
+}
+
+void pmc_follow(struct pmc_tracker *tracker, uint32_t thread)
+{
+	struct follower *follower = &tracker->follower;
+	if (thread != follower->thread) {
+		tie(follower, NO_CPU);
+		follower->thread = thread;
+		follower->faults = follower->moves = 0;
+		follower->wait = LOOK_FIRST;
+	}
+	// 0 where the handshake did not ask for it.
+	if (!thread || ++follower->faults < follower->wait)
+		return;
+	follower->faults = 0;
+	uint32_t cpu = look(tracker, thread), before = follower->cpu;
+	tie(follower, cpu);
+	if (follower->cpu == before) {
+		follower->moves = 0;
+		follower->wait = (uint32_t)min_u64(2 * follower->wait, LOOK_EVERY);
+	} else if (++follower->moves < MOVES) {
+		follower->wait = LOOK_FIRST;
+	} else {
+		tie(follower, NO_CPU);
+		follower->moves = 0;
+		follower->wait = REST;
+	}
+}
