@@ -449,7 +449,7 @@ scan: Callable[[Any, int, int, int, int, Result], int] = lib.pmc_scan
 
 Returns the number of regions.
 
-The first three are the C functions themselves: where memory is small, a call in between takes as long as the scan.
+These three are the C functions themselves: where memory is small, a call in between takes as long as the scan.
 """
 scan_all: Callable[[Any, int, Result], int] = lib.pmc_scan_all
 """Likewise all of the range, without a limit: of a cursor and flags. Each argument less saves 20 ns."""

@@ -256,3 +256,41 @@ def test_a_reset_that_fails_leaves_alone_what_lies_behind(flavour: Flavour, area
         assert pages_of(ram.peek(3 * PAGE)) == set()
         libc.fill(memory.start + 6 * PAGE)
         assert pages_of(ram.collect(3 * PAGE)) == {6}
+
+
+CHUNK = 4 << 10
+"""So many pages are looked at in one go, with pages of 4 KiB and small ones."""
+
+
+@pytest.mark.parametrize("untracked", [None, -4, -1, 0, 3])
+@pytest.mark.parametrize("behind", [0, 4])
+def test_runs_that_go_on_in_the_next_chunk(
+    flavour: Flavour, area: Callable[..., AddressRange], untracked: int | None, behind: int
+) -> None:
+    """They are protected as others are: what is written again is found, and a page that is not tracked where it is."""
+    memory = area(3 * CHUNK)
+    seams = CHUNK, 2 * CHUNK
+    wrote = {seam + offset for seam in seams for offset in range(-4, behind)}
+
+    def fill() -> None:
+        for page in sorted(wrote):
+            libc.fill(memory.start + page * PAGE)
+
+    with flavour.tracker() as tracker:
+        ram = tracker.track(memory)
+        for seam in seams if untracked is not None else ():
+            hole = seam + untracked  # type: ignore[operator]
+            fill()
+            libc.mmap(PAGE, address=memory.start + hole * PAGE)
+            with pytest.raises(NotTrackedError) as caught:
+                ram.collect()
+            assert caught.value.range == AddressRange.from_length(memory.start + hole * PAGE, PAGE)
+            assert caught.value.collected is not None
+            assert set(caught.value.collected.page_indices()) == {page for page in wrote if page < hole}
+            ram.rearm()
+            assert pages_of(ram.collect()) == {page for page in wrote if page > hole} | {hole}
+        for _ in range(2):
+            fill()
+            assert pages_of(ram.peek()) == wrote
+            assert pages_of(ram.collect()) == wrote
+            assert pages_of(ram.collect()) == set()

@@ -225,18 +225,19 @@ struct pmc_tracker {
 	size_t stack_size;
 	atomic_int fault_errno; // not 0: the fault thread has ended
 	atomic_ullong faults;
-	struct vmas thread_vmas; // the fault thread's own
 	struct follower follower;
 
-	struct vmas vmas;
 	uint64_t scans;
 	uint64_t resets;
 	uint64_t pages;
+	void *copier; // of copy.c, once there was anything to copy
+	size_t copier_size;
+	// What precedes, and the first regions, lie in one page: a scan that protected something finds the TLB flushed.
 	struct page_region regions[PMC_VECTOR]; // all zero between calls
 	struct page_region halves[2][PMC_REGIONS / 2]; // likewise
 	uint64_t words[PMC_WORDS];
-	void *copier; // of copy.c, once there was anything to copy
-	size_t copier_size;
+	struct vmas vmas;
+	struct vmas thread_vmas; // the fault thread's own
 };
 
 static inline uint64_t page_size_of(const struct pmc_tracker *tracker)

@@ -89,8 +89,12 @@ struct pass {
 	uint64_t marked; // a page with any of these bits is unchanged
 	bool plain; // words tell all: there is no log, and no page is quiet
 	bool unmarkable; // there may be such among the written ones
+	bool more; // chunks to come, into which a run may go on
+	uint64_t late; // from there on to the end of the chunks so far lies a run that is not protected yet; or PAST
 	struct output out;
 };
+
+#define PAST UINT64_MAX
 
 static uint64_t unit_of(const struct pass *pass)
 {
@@ -277,10 +281,10 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 	struct pmc_range *range = pass->range;
 	struct pmc_tracker *tracker = pass->tracker;
 	struct output *out = &pass->out;
-	uint64_t index = out->count, untracked, last = pos;
+	uint64_t index = out->count, untracked, first = min_u64(pass->late, pos), last = first;
 	int rc = 0;
 
-	while (index && out->vec[index - 1].end > pos)
+	while (index && out->vec[index - 1].end > first)
 		index--;
 	bool whole = logs(tracker);
 	bool may_be_whole = pass->held && !whole;
@@ -290,7 +294,12 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 			whole = true;
 			break;
 		}
-		uint64_t from = max_u64(out->vec[i].start, pos), to = out->vec[i].end;
+		uint64_t from = max_u64(out->vec[i].start, first), to = out->vec[i].end;
+		pass->late = pass->more && to == *stop && !pass->unmarkable ? from : PAST;
+		if (pass->late != PAST) {
+			last = to;
+			break;
+		}
 		if (needs_population(pass)) {
 			const uint64_t *words = tracker->words + ((from - pos) >> pass->unit_shift);
 			for (uint64_t k = 0; k < (to - from) >> pass->unit_shift; k++)
@@ -326,10 +335,24 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 		pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *stop), false);
 	// Only a written page can have become unmarkable; one that was has to be looked at wherever it is.
 	if (range->quiet_used) {
-		remember(pass, pos, pos, *stop);
+		remember(pass, pos, pos, max_u64(pos, *stop));
 	} else if (pass->unmarkable) {
 		for (uint64_t i = index; i < out->count; i++)
 			remember(pass, pos, max_u64(out->vec[i].start, pos), out->vec[i].end);
+	}
+	return rc;
+}
+
+// Protects the run that ends at *pos, if it waits for one that did not come. -ENOENT: *pos is the untracked page.
+static int protect_late(struct pass *pass, uint64_t *pos)
+{
+	uint64_t untracked;
+	if (pass->late == PAST)
+		return 0;
+	int rc = pmc_protect(pass->tracker, pass->late, *pos, pass->unit_shift, 1, &untracked);
+	if (rc == -ENOENT) {
+		*pos = untracked;
+		pmc_output_cut(&pass->out, untracked);
 	}
 	return rc;
 }
@@ -345,6 +368,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		.engage = arg->flags & PM_SCAN_WP_MATCHING,
 		.marked = logs(tracker) ? 0 : PM_WORD_UFFD_WP,
 		.plain = !logs(tracker) && !range->quiet_used,
+		.late = PAST,
 		.out = {
 			.vec = (struct page_region *)(uintptr_t)arg->vec,
 			.capacity = arg->vec_len,
@@ -390,6 +414,9 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		}
 		if (confirm)
 			end = min_u64(end, untracked_from);
+		// A run of the answer is protected by one call, for each flushes the TLB of whatever CPU is busy; unless chunks are each a
+		// step of its own.
+		pass.more = end < arg->end && !pass.held && !needs_population(&pass);
 
 		uint64_t stop = pos;
 		if (pass.held)
@@ -411,6 +438,8 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		if (stop < end || pass.out.count >= PMC_REGIONS)
 			break;
 	}
+	int failed = protect_late(&pass, &pos);
+	rc = failed ? failed : rc;
 	arg->walk_end = pos;
 	return rc ? rc : (int)pass.out.count;
 }
