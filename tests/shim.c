@@ -64,6 +64,7 @@ static struct entry entries[] = {
 	BY_REQUEST(fcntl, 1, F_GETFL),
 	BY_REQUEST(fcntl, 1, F_SETFL),
 	BY_REQUEST(prctl, 0, PR_GET_DUMPABLE),
+	BY_REQUEST(syscall, 0, SYS_gettid),
 	BY_REQUEST(syscall, 0, SYS_process_vm_readv),
 	BY_REQUEST(syscall, 0, SYS_process_vm_writev),
 	BY_REQUEST(syscall, 0, SYS_userfaultfd),

@@ -308,9 +308,12 @@ def two_cpus() -> list[int]:
 
 
 def fault_thread() -> int:
-    """The thread id of the only one in this process."""
-    (thread,) = (task for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat")
-    return int(thread)
+    """The thread id of the only one in this process. One that has ended may be listed for a moment."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            found = [int(task) for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat"]
+            if len(found) == 1:
+                return found[0]
 
 
 def write_from(cpu: int, memory: AddressRange, ram: TrackedRange) -> None:

@@ -216,6 +216,7 @@ static int start_on_stack(struct pmc_tracker *tracker, size_t size)
 
 int pmc_fault_thread_start(struct pmc_tracker *tracker)
 {
+	pmc_follower_start(&tracker->follower);
 	tracker->operation = "fcntl";
 	int flags = fcntl(tracker->uffd, F_GETFL);
 	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))

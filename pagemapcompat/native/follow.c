@@ -15,6 +15,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -26,11 +27,6 @@
 #define NO_CPU UINT32_MAX
 
 // ---- Whose file is open -----------------------------------------------------------------------------------------
-
-void pmc_follower_init(struct follower *follower)
-{
-	*follower = (struct follower){ .stat = -1, .cpu = NO_CPU, .wait = LOOK_FIRST };
-}
 
 static int open_stat(uint32_t thread)
 {
@@ -46,6 +42,15 @@ static int open_stat(uint32_t thread)
 		path[length++] = digits[--count];
 	memcpy(path + length, after, sizeof(after));
 	return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+void pmc_follower_start(struct follower *follower)
+{
+	// Whoever makes a tracker is likely to be a writer; and so there is one descriptor from the first to the last.
+	follower->known = (uint32_t)syscall(SYS_gettid);
+	follower->stat = open_stat(follower->known);
+	follower->wait = LOOK_FIRST;
+	follower->cpu = NO_CPU;
 }
 
 void pmc_find_writer(struct pmc_tracker *tracker)

@@ -280,7 +280,8 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 
 // -- follow.c -----------------------------------------------------------------------------------------------
 
-void pmc_follower_init(struct follower *follower);
+// Before the fault thread is started.
+void pmc_follower_start(struct follower *follower);
 // Opens what the fault thread has to read to follow its writer, if it has asked. Under the mutex; not in the fault thread.
 void pmc_find_writer(struct pmc_tracker *tracker);
 // After the faults of *thread*, or 0 for several. In the fault thread alone.

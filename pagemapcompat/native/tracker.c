@@ -152,7 +152,7 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 	tracker->uffd = config->uffd;
 	tracker->pagemap = config->pagemap;
 	tracker->vmas.fd = tracker->thread_vmas.fd = -1;
-	pmc_follower_init(&tracker->follower);
+	tracker->follower.stat = -1;
 	pthread_mutex_init(&tracker->mutex, NULL);
 
 	int rc = set_up(tracker);
