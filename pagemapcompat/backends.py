@@ -514,7 +514,8 @@ class PagemapScanBackend(Backend):
 class UffdWpBackend(Backend):
     """Pagemap words and UFFDIO_WRITEPROTECT, with a fault thread in C. Since Linux 5.7.
 
-    A writer sleeps until the fault thread has un-protected its page, once per page and collect.
+    A writer sleeps until the fault thread has un-protected its page, once per page and collect. As long as there is one
+    writer the thread ties itself to that one's CPU, within those that it was given.
     """
 
     name = "uffd-wp"
