@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from errno import EACCES, EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -511,11 +512,23 @@ class PagemapScanBackend(Backend):
         return super()._abilities() | _kernel.CAN_ASYNC | _kernel.CAN_MARK_EMPTY
 
 
+_REAL_TIME_LIMIT = Path("/proc/sys/kernel/sched_rt_runtime_us")
+
+
+def _real_time_is_limited() -> bool:
+    """Whether others get a part of each CPU, whatever a real-time thread does there: sched(7)."""
+    try:
+        return _REAL_TIME_LIMIT.read_text(encoding="ascii").strip() != "-1"
+    except OSError:
+        return True
+
+
 class UffdWpBackend(Backend):
     """Pagemap words and UFFDIO_WRITEPROTECT, with a fault thread in C. Since Linux 5.7.
 
     A writer sleeps until the fault thread has un-protected its page, once per page and collect. As long as there is one
-    writer the thread ties itself to that one's CPU, within those that it was given.
+    writer the thread ties itself to that one's CPU, within those that it was given; a real-time thread that takes that
+    CPU keeps it waiting. PAGEMAPCOMPAT_DISABLE=uffd-thread-id leaves it to the scheduler.
     """
 
     name = "uffd-wp"
@@ -543,7 +556,7 @@ class UffdWpBackend(Backend):
             features |= UffdFeature.WP_HUGETLBFS_SHMEM
         if self._marks_empty:
             features |= UffdFeature.WP_UNPOPULATED
-        if self._report.supports(Feature.UFFD_THREAD_ID):
+        if self._report.supports(Feature.UFFD_THREAD_ID) and _real_time_is_limited():
             features |= UffdFeature.THREAD_ID  # whom the fault thread follows
         return features
 

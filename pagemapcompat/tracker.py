@@ -128,6 +128,8 @@ class TrackedRange(Cursor):
     def rearm(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
         """Register and protect what has lost its registration, as memory mapped anew has. It is reported written once.
 
+        What another thread maps anew meanwhile has lost it again when this returns, and is reported all the same.
+
         Raises:
             NotTrackableError, AlreadyRegisteredError: As for `DirtyTracker.track`.
 

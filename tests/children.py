@@ -9,15 +9,18 @@ import gc
 import mmap
 import os
 import select
+import shutil
 import signal
+import subprocess
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from conftest import CHILD_SECONDS, PAGE, PRIVATE, SANITIZED, need_shared
+from conftest import CHILD_SECONDS, PAGE, PRIVATE, SANITIZED, lacking, need_shared
 
 from pagemapcompat import Cursor, ScanResult
 
@@ -240,6 +243,16 @@ def hold_fault_thread_back() -> None:
             os.sched_setaffinity(int(task), {cpu})
             if name_of(task) == "pagemapcompat":
                 os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
+
+
+def preloaded(source: str, folder: Path) -> dict[str, str]:
+    """The environment in which a program has functions of *source* instead of the C library's."""
+    if not shutil.which("gcc"):
+        lacking("cc", "no C compiler (ENOENT)", "apt-get install gcc")
+    built = folder / "preloaded.so"
+    built.with_suffix(".c").write_text(source)
+    subprocess.run(["gcc", "-shared", "-fPIC", built.with_suffix(".c"), "-o", built], check=True, timeout=60)
+    return {"LD_PRELOAD": str(built)}
 
 
 def name_of(task: str) -> str:

@@ -297,3 +297,29 @@ def test_runs_that_go_on_in_the_next_chunk(
             assert pages_of(ram.peek()) == wrote
             assert pages_of(ram.collect()) == wrote
             assert pages_of(ram.collect()) == set()
+
+
+def test_a_guard_page_behind_a_run_that_cannot_be_protected(
+    flavour: Flavour, area: Callable[..., AddressRange]
+) -> None:
+    """What is remembered of one chunk is not looked for in the one before it."""
+    memory = area(3 * CHUNK)
+    if not probe().supports(Feature.MADV_GUARD):
+        lacking("guards", "no guard pages (EINVAL)", "Linux 6.13")
+
+    def check() -> None:
+        with flavour.tracker() as tracker:
+            ram = tracker.track(memory)
+            libc.fill(memory.start + (CHUNK - 3) * PAGE)
+            for page in (CHUNK - 2, CHUNK - 1):
+                libc.mmap(PAGE, address=memory.start + page * PAGE)
+                libc.fill(memory.start + page * PAGE)
+            libc.madvise(memory.start + (CHUNK + 100) * PAGE, PAGE, libc.GUARD_INSTALL)
+            with pytest.raises(NotTrackedError) as caught:
+                ram.collect()
+            assert caught.value.collected is not None
+            assert set(caught.value.collected.page_indices()) == {CHUNK - 3}
+            ram.rearm()
+            assert pages_of(ram.collect()) == {CHUNK - 2, CHUNK - 1, CHUNK + 100}
+
+    in_child(check)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from children import Crew, Mirror, in_child, name_of, plain
+from children import Crew, Mirror, in_child, name_of, plain, preloaded
 from conftest import PAGE, Flavour, claims, flavours, lacking, libc, pages_of, private, run_child, use_flavour, write
 
 from pagemapcompat import (
@@ -28,6 +28,7 @@ from pagemapcompat import (
     NotTrackableError,
     TrackedRange,
     _kernel,
+    backends,
 )
 
 pytestmark = pytest.mark.kernel
@@ -393,18 +394,120 @@ def test_it_stays_on_the_cpus_it_was_given(
     in_child(check)
 
 
+REFUSE_ONCE = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int refusals;
+
+int sched_setaffinity(pid_t thread, size_t size, const cpu_set_t *cpus)
+{
+	if (thread == 0 && refusals && syscall(SYS_gettid) != getpid()) {
+		refusals--;
+		errno = EINVAL;
+		return -1;
+	}
+	return syscall(SYS_sched_setaffinity, thread, size, cpus);
+}
+"""
+"""What the kernel says of a CPU that has just gone."""
+
+
+def test_a_cpu_that_cannot_be_had(uffd_wp: Flavour, two_cpus: list[int], tmp_path: Path) -> None:
+    """Then it may run where it might at first, not only where it is; and it follows as before."""
+    program = f"""
+        import ctypes, os
+        from conftest import AddressRange, PAGE, libc
+        from test_fault_thread import fault_thread, write_from
+        from pagemapcompat import DirtyTracker
+        memory = AddressRange.from_length(libc.mmap(64 * PAGE), 64 * PAGE)
+        refusals = ctypes.c_int.in_dll(ctypes.CDLL(None), "refusals")
+        first, second = {two_cpus}
+        with DirtyTracker("uffd-wp") as tracker:
+            ram, thread = tracker.track(memory), fault_thread()
+            given = os.sched_getaffinity(thread)
+            write_from(first, memory, ram)
+            assert os.sched_getaffinity(thread) == {{first}}
+            refusals.value = 1 << 30
+            write_from(second, memory, ram)
+            assert os.sched_getaffinity(thread) == {{first}}
+            refusals.value = 1
+            write_from(second, memory, ram)
+            write_from(second, memory, ram)
+            assert refusals.value == 0
+            assert os.sched_getaffinity(thread) == {{second}}
+            os.sched_setaffinity(thread, given)
+            ram.close()
+        """
+    run_child(program, env=preloaded(REFUSE_ONCE, tmp_path))
+
+
+def test_a_file_in_the_place_of_ours(uffd_wp: Flavour, area: Callable[..., AddressRange]) -> None:
+    """Of a program that closed a descriptor once too often: its next one with that number stays open."""
+    memory = area(64)
+
+    def check() -> None:
+        with uffd_wp.tracker() as tracker:
+            ram = tracker.track(memory)
+            (fd,) = (int(name) for name in os.listdir("/proc/self/fd") if is_of_a_thread(name))
+            reader, writer = os.pipe()
+            os.dup2(writer, fd)
+            for _ in range(4):
+                with ThreadPoolExecutor(1) as another:
+                    for thread in (another, None):
+                        for address in range(memory.start, memory.end, PAGE):
+                            thread.submit(libc.fill, address).result() if thread else libc.fill(address)
+                        assert len(pages_of(ram.collect())) == 64
+            os.write(fd, b"mine")
+            assert os.read(reader, 4) == b"mine"
+            ram.close()
+
+    in_child(check)
+
+
+def is_of_a_thread(name: str) -> bool:
+    """Whether a descriptor is the file of one in /proc."""
+    try:
+        return os.readlink(f"/proc/self/fd/{name}").endswith("/stat")
+    except FileNotFoundError:
+        return False
+
+
+def test_it_stays_where_real_time_has_no_limit(
+    uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int], tmp_path: Path
+) -> None:
+    """A thread of a real-time class could keep it from its CPU for ever, and its writer with it."""
+    limit, memory = tmp_path / "limit", area(64)
+    limit.write_text("-1\n")
+
+    def check() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends, "_REAL_TIME_LIMIT", limit)
+            with uffd_wp.tracker() as tracker:
+                ram, thread = tracker.track(memory), fault_thread()
+                given = os.sched_getaffinity(thread)
+                write_from(two_cpus[1], memory, ram)
+                assert os.sched_getaffinity(thread) == given
+
+    in_child(check)
+
+
 def test_a_writer_that_has_proc_locked(uffd_wp: Flavour, area: Callable[..., AddressRange]) -> None:
     """It lists the very directory whose files say where writers are, into tracked memory: nobody waits for it for ever.
 
     Who opens one of these waits for it as soon as a third thread wants to create one.
     """
     memory = area(64)
+    with uffd_wp.tracker() as tracker:
+        if not claims(tracker, Guarantee.KERNEL_WRITES):
+            lacking("kernel-writes", "no KERNEL_WRITES", "run as root, or vm.unprivileged_userfaultfd=1")
 
     def check() -> None:
         with uffd_wp.tracker() as tracker:
             ram = tracker.track(memory)
-            if not claims(tracker, Guarantee.KERNEL_WRITES):
-                lacking("kernel-writes", "no KERNEL_WRITES", "run as root, or vm.unprivileged_userfaultfd=1")
             crew, done = Crew(), threading.Event()
 
             def listing() -> None:
@@ -457,11 +560,6 @@ int clock_gettime(clockid_t clock, struct timespec *now)
 
 def test_a_clock_that_is_set_while_a_tracker_is_closed(uffd_wp: Flavour, tmp_path: Path) -> None:
     """The fault thread is waited for all the same, and everything is given back."""
-    source, library = tmp_path / "clock.c", tmp_path / "clock.so"
-    source.write_text(SET_FORWARD)
-    if not shutil.which("gcc"):
-        lacking("cc", "no C compiler (ENOENT)", "apt-get install gcc")
-    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library], check=True, timeout=60)
     program = """
         import mmap
         from children import resources
@@ -472,4 +570,4 @@ def test_a_clock_that_is_set_while_a_tracker_is_closed(uffd_wp: Flavour, tmp_pat
             DirtyTracker("uffd-wp").close()
         assert resources() == before
         """
-    run_child(program, env={"LD_PRELOAD": str(library)})
+    run_child(program, env=preloaded(SET_FORWARD, tmp_path))

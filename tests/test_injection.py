@@ -45,7 +45,7 @@ from typing import Any
 import attrs
 import figures
 import pytest
-from children import Crew, Raw, in_child, memory_of, resources
+from children import Crew, Raw, in_child, memory_of, preloaded, resources
 from conftest import (
     DISABLED,
     FLAVOURS,
@@ -58,6 +58,7 @@ from conftest import (
     libc,
     meminfo,
     need,
+    run_child,
     use_flavour,
 )
 
@@ -1042,6 +1043,82 @@ def test_memory_that_is_mapped_anew_as_often_as_it_is_rearmed(shim: str, flavour
         stage.end()
 
     in_child(check)
+
+
+BESIDE = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <linux/ioctl.h>
+#include <linux/userfaultfd.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/mman.h>
+
+uint64_t first, second; // pages
+uint64_t registrations, last;
+
+static void map_anew(uint64_t page)
+{
+	int before = errno;
+	mmap((void *)page, 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	*(volatile char *)page = 9;
+	errno = before;
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+	int (*real)(int, unsigned long, void *) = (int (*)(int, unsigned long, void *))dlsym(RTLD_NEXT, "ioctl");
+	va_list arguments;
+	va_start(arguments, request);
+	void *arg = va_arg(arguments, void *);
+	va_end(arguments);
+	int rc = real(fd, request, arg);
+	if (first && request == UFFDIO_REGISTER && ((struct uffdio_register *)arg)->range.start == first) {
+		map_anew(first);
+		registrations++;
+	}
+	if (first && request == UFFDIO_COPY && ((struct uffdio_copy *)arg)->dst == first && registrations == last) {
+		map_anew(second);
+		last = 0;
+	}
+	return rc;
+}
+"""
+"""A thread that maps one page anew whenever it was registered, and once the next one while that one is looked at."""
+
+
+@pytest.mark.parametrize("name", ["collect", "reset"])
+def test_memory_that_changes_while_it_is_left_alone(flavour: Flavour, name: str, tmp_path: Path) -> None:
+    """What was registered beside it, by a call that did not get as far as to protect it, is not taken for unchanged."""
+    program = f"""
+        import ctypes
+        from conftest import PAGE, libc, pages_of
+        from pagemapcompat import DirtyTracker
+        beside = {{
+            name: ctypes.c_uint64.in_dll(ctypes.CDLL(None), name)
+            for name in ("first", "second", "registrations", "last")
+        }}
+        start = libc.mmap(8 * PAGE)
+        libc.fill(start, 8 * PAGE)
+        with DirtyTracker({flavour.backend!r}, on_untracked="rearm") as tracker:
+            ram = tracker.track((start, 8 * PAGE))
+            for last in range(1, 20):  # one of them is the last registration that a call tries
+                libc.mmap(4 * PAGE, address=start + 2 * PAGE)
+                libc.fill(start + 2 * PAGE, 4 * PAGE)
+                beside["second"].value = start + 3 * PAGE
+                beside["registrations"].value, beside["last"].value = 0, last
+                beside["first"].value = start + 2 * PAGE
+                ram.{name}()
+                beside["first"].value = 0
+                for _ in range(2):
+                    for page in range(2, 6):
+                        libc.fill(start + page * PAGE)
+                    assert pages_of(ram.collect()) == {{2, 3, 4, 5}}, last
+        """
+    environment = {**preloaded(BESIDE, tmp_path), "PAGEMAPCOMPAT_DISABLE": ",".join(flavour.disabled)}
+    run_child(program, env=environment)
 
 
 # -- What needs no tracker ------------------------------------------------------------------------------------------

@@ -3,9 +3,8 @@
 // A writer whose fault thread is on its own CPU waits for two switches of context; else each has to wake the other's CPU, which takes up
 // to 10 times as long where that is idle, or a virtual one. The scheduler leaves the thread wherever it was. So it looks where its writer
 // is, as long as there is one, and ties itself to that CPU: a look takes about as long as a fault, so after a few faults, twice as many, and
-// in the end each LOOK_EVERY. One that the scheduler moves each time is left alone. So are several writers that take turns, and whoever the
-// thread is tied to a CPU for while another comes. It never leaves the CPUs that it was given: those of the thread that made the tracker,
-// or what somebody says later.
+// in the end each LOOK_EVERY. One that the scheduler moves each time is left alone, and so are several writers that take turns. It does not leave the CPUs that it was given: those of the thread that made the tracker,
+// or what somebody says later; unless that is the very CPU it is tied to, which looks the same.
 //
 // Where a thread is, /proc tells. To open a file there takes a lock of its directory, which a thread may hold that waits for this one;
 // reading a file that is open takes none but its own (fs/proc/array.c: do_task_stat). So whoever scans or resets opens it.
@@ -44,6 +43,26 @@ static int open_stat(uint32_t thread)
 	return open(path, O_RDONLY | O_CLOEXEC);
 }
 
+// The file of a thread says its number first. One that does not is somebody else's, put in the place of ours.
+static bool is_of(const char *text, uint32_t thread)
+{
+	uint32_t number = 0;
+	for (; *text >= '0' && *text <= '9'; text++)
+		number = 10 * number + (uint32_t)(*text - '0');
+	return number == thread && *text == ' ';
+}
+
+// Whether it may be closed.
+static bool is_ours(int stat, uint32_t thread)
+{
+	char text[16];
+	ssize_t got = pread(stat, text, sizeof(text) - 1, 0);
+	if (got < 0)
+		return errno == ESRCH;
+	text[got] = 0;
+	return is_of(text, thread);
+}
+
 void pmc_follower_start(struct follower *follower)
 {
 	// Whoever makes a tracker is likely to be a writer; and so there is one descriptor from the first to the last.
@@ -60,14 +79,15 @@ void pmc_find_writer(struct pmc_tracker *tracker)
 	if (!wanted)
 		return;
 	sigset_t signals;
-	int stat = open_stat(wanted), old; // -1: it has ended, or is none of this process: nobody looks for it again
+	int stat = open_stat(wanted); // -1: it has ended, or is none of this process: nobody looks for it again
 	pmc_hold_fault_thread(tracker, &signals);
-	old = follower->stat;
+	int old = follower->stat;
+	uint32_t known = follower->known;
 	follower->stat = stat;
 	follower->known = wanted;
 	atomic_store_explicit(&follower->wanted, 0, memory_order_relaxed);
 	pmc_release_fault_thread(tracker, &signals);
-	if (old >= 0)
+	if (old >= 0 && is_ours(old, known))
 		close(old);
 }
 
@@ -75,7 +95,7 @@ void pmc_find_writer(struct pmc_tracker *tracker)
 
 // The CPU that a thread last ran on, by "tid (name) state ...": the name may hold anything, and processor is the 37th field behind it
 // (proc_pid_stat(5)).
-static uint32_t parse_cpu(char *text)
+static uint32_t parse_cpu(const char *text)
 {
 	uint32_t cpu = 0;
 	const char *at = strrchr(text, ')');
@@ -91,23 +111,27 @@ static uint32_t parse_cpu(char *text)
 static uint32_t look(struct pmc_tracker *tracker, uint32_t thread)
 {
 	struct follower *follower = &tracker->follower;
+	uint32_t cpu = NO_CPU;
 	char text[1024];
-	ssize_t got = -1;
 	pmc_fair_lock(&tracker->fault_lock);
-	if (follower->known != thread)
+	if (follower->known != thread) {
 		atomic_store_explicit(&follower->wanted, thread, memory_order_relaxed);
-	else if (follower->stat >= 0)
-		got = pread(follower->stat, text, sizeof(text) - 1, 0);
-	if (got < 0 && follower->known == thread && follower->stat >= 0)
-		follower->known = 0; // it has ended, and another may have its number
+	} else if (follower->stat >= 0) {
+		ssize_t got = pread(follower->stat, text, sizeof(text) - 1, 0);
+		int error = got < 0 ? errno : 0;
+		text[got < 0 ? 0 : got] = 0;
+		if (error == ESRCH)
+			follower->known = 0; // it has ended, and another may have its number
+		else if (got >= 0 && is_of(text, thread))
+			cpu = parse_cpu(text);
+		else if (error != EINTR && error != ENOMEM)
+			follower->stat = -1; // and is not ours to close
+	}
 	pmc_fair_unlock(&tracker->fault_lock);
-	if (got <= 0)
-		return NO_CPU;
-	text[got] = 0;
-	return parse_cpu(text);
+	return cpu;
 }
 
-// Ties the thread to a CPU, or with NO_CPU no more.
+// Ties the thread to a CPU, or with NO_CPU no more. What fails leaves it tied, or not, as it was, and is tried again.
 static void tie(struct follower *follower, uint32_t cpu)
 {
 	struct cpus now = { 0 }, tied = { 0 }; // the kernel fills in as many as it has
@@ -116,17 +140,20 @@ static void tie(struct follower *follower, uint32_t cpu)
 	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
 	if (follower->cpu != NO_CPU)
 		bit_set(tied.bits, follower->cpu);
-	if (memcmp(&now, &tied, sizeof(now)) != 0)
+	if (memcmp(&now, &tied, sizeof(now)) != 0) {
 		follower->given = now;
-	follower->cpu = NO_CPU;
+		follower->cpu = NO_CPU;
+	}
 	if (cpu != NO_CPU && bit_test(follower->given.bits, cpu)) {
 		memset(&tied, 0, sizeof(tied));
 		bit_set(tied.bits, cpu);
-		if (!sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied))
+		if (!sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied)) {
 			follower->cpu = cpu;
-	} else if (memcmp(&now, &follower->given, sizeof(now)) != 0) {
-		(void)sched_setaffinity(0, sizeof(now), (cpu_set_t *)&follower->given);
+			return;
+		}
 	}
+	if (follower->cpu != NO_CPU && !sched_setaffinity(0, sizeof(now), (cpu_set_t *)&follower->given))
+		follower->cpu = NO_CPU;
 }
 
 void pmc_follow(struct pmc_tracker *tracker, uint32_t thread)

@@ -1,5 +1,5 @@
 // What the C files share. Layers, each using only those before it:
-// output, image, vmas, uffd, follow, fault, owed, then the engines (words, scan), then tracker, range, cursor, operations and copy.
+// output, image, vmas, uffd, lock, follow, fault, owed, then the engines (words, scan), then tracker, range, cursor, operations and copy.
 #ifndef PMC_INTERNAL_H
 #define PMC_INTERNAL_H
 
@@ -278,6 +278,12 @@ int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint3
 // Unregisters what is in [start, end), whatever else has been mapped there since, and wakes its waiters.
 int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t start, uint64_t end);
 
+// -- lock.c -------------------------------------------------------------------------------------------------
+
+// Takes fault_lock. While it is held no signal handler may run on this thread: it could store into tracked memory.
+void pmc_hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before);
+void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before);
+
 // -- follow.c -----------------------------------------------------------------------------------------------
 
 // Before the fault thread is started.
@@ -289,9 +295,6 @@ void pmc_follow(struct pmc_tracker *tracker, uint32_t thread);
 
 // -- fault.c ------------------------------------------------------------------------------------------------
 
-// Takes fault_lock. While it is held no signal handler may run on this thread: it could store into tracked memory.
-void pmc_hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before);
-void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before);
 int pmc_fault_thread_start(struct pmc_tracker *tracker);
 void pmc_fault_thread_stop(struct pmc_tracker *tracker);
 

@@ -114,6 +114,12 @@ static int leave_untracked(struct pmc_range *range, uint64_t pos, uint64_t end, 
 		uint64_t unit = 1ull << pmc_piece_at(range, pos)->page_shift;
 		*until = min_u64(end, align_down(pos, unit) + unit);
 	}
+	if (range->log) { // mappings change while they are looked at: some of it may be registered by now, and open
+		sigset_t signals;
+		pmc_hold_fault_thread(range->tracker, &signals);
+		pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *until), true);
+		pmc_release_fault_thread(range->tracker, &signals);
+	}
 	pmc_owe_others(range, pos, *until, NULL);
 	return 0;
 }

@@ -338,7 +338,7 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 		remember(pass, pos, pos, max_u64(pos, *stop));
 	} else if (pass->unmarkable) {
 		for (uint64_t i = index; i < out->count; i++)
-			remember(pass, pos, max_u64(out->vec[i].start, pos), out->vec[i].end);
+			remember(pass, pos, max_u64(out->vec[i].start, pos), max_u64(out->vec[i].end, pos));
 	}
 	return rc;
 }
