@@ -518,7 +518,7 @@ _REAL_TIME_LIMIT = Path("/proc/sys/kernel/sched_rt_runtime_us")
 def _real_time_is_limited() -> bool:
     """Whether others get a part of each CPU, whatever a real-time thread does there: sched(7)."""
     try:
-        return _REAL_TIME_LIMIT.read_text(encoding="ascii").strip() != "-1"
+        return _REAL_TIME_LIMIT.read_bytes().strip() != b"-1"
     except OSError:
         return True
 

@@ -120,11 +120,11 @@ static uint32_t look(struct pmc_tracker *tracker, uint32_t thread)
 		ssize_t got = pread(follower->stat, text, sizeof(text) - 1, 0);
 		int error = got < 0 ? errno : 0;
 		text[got < 0 ? 0 : got] = 0;
-		if (error == ESRCH)
-			follower->known = 0; // it has ended, and another may have its number
-		else if (got >= 0 && is_of(text, thread))
+		if (error == ESRCH) // it has ended, and another has its number
+			atomic_store_explicit(&follower->wanted, thread, memory_order_relaxed);
+		else if (got > 0 && is_of(text, thread))
 			cpu = parse_cpu(text);
-		else if (error != EINTR && error != ENOMEM)
+		else if (got > 0 || (error && error != EINTR && error != ENOMEM))
 			follower->stat = -1; // and is not ours to close
 	}
 	pmc_fair_unlock(&tracker->fault_lock);
