@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import weakref
 from errno import EACCES, EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -512,17 +511,6 @@ class PagemapScanBackend(Backend):
         return super()._abilities() | _kernel.CAN_ASYNC | _kernel.CAN_MARK_EMPTY
 
 
-_REAL_TIME_LIMIT = Path("/proc/sys/kernel/sched_rt_runtime_us")
-
-
-def _real_time_is_limited() -> bool:
-    """Whether others get a part of each CPU, whatever a real-time thread does there: sched(7)."""
-    try:
-        return _REAL_TIME_LIMIT.read_bytes().strip() != b"-1"
-    except OSError:
-        return True
-
-
 class UffdWpBackend(Backend):
     """Pagemap words and UFFDIO_WRITEPROTECT, with a fault thread in C. Since Linux 5.7.
 
@@ -556,8 +544,9 @@ class UffdWpBackend(Backend):
             features |= UffdFeature.WP_HUGETLBFS_SHMEM
         if self._marks_empty:
             features |= UffdFeature.WP_UNPOPULATED
-        if self._report.supports(Feature.UFFD_THREAD_ID) and _real_time_is_limited():
-            features |= UffdFeature.THREAD_ID  # whom the fault thread follows
+        # Whom the fault thread follows, to a CPU that a real-time thread may then take: without a limit, for ever.
+        if self._report.supports(Feature.UFFD_THREAD_ID) and self._report.limits.real_time_limit is not False:
+            features |= UffdFeature.THREAD_ID
         return features
 
     def _abilities(self) -> int:

@@ -40,9 +40,12 @@ class Limits:
     dumpable: bool
     """Whether /proc/self belongs to this process's user: without it, and without privileges, pagemap is denied."""
     open_files: int | None
-    """RLIMIT_NOFILE, None without limit: a tracker needs 3 or 4 descriptors."""
+    """RLIMIT_NOFILE, None without limit: a tracker needs 4 or 5 descriptors."""
     max_map_count: int | None
     """vm.max_map_count: protecting single pages can split mappings."""
+    real_time_limit: bool | None
+    """Whether others get a part of each CPU whatever a real-time thread does there: kernel.sched_rt_runtime_us, unless
+    it is -1 (sched(7))."""
 
 
 def read_limits() -> Limits:
@@ -52,6 +55,7 @@ def read_limits() -> Limits:
     seccomp = status.get("Seccomp")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     uids = _text(Path("/proc/self/uid_map"))
+    real_time = _text(Path("/proc/sys/kernel/sched_rt_runtime_us"))
     enabled = _text(_SYS / "transparent_hugepage/enabled") or ""
     return Limits(
         page_size=page_size(),
@@ -65,6 +69,7 @@ def read_limits() -> Limits:
         dumpable=_kernel.dumpable() == 1,
         open_files=None if files == resource.RLIM_INFINITY else files,
         max_map_count=_number(_text(Path("/proc/sys/vm/max_map_count"))),
+        real_time_limit=real_time != "-1" if real_time else None,
     )
 
 

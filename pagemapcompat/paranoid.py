@@ -156,11 +156,9 @@ class ParanoidBackend(Backend):
                 except KernelError as error:
                     answer = error.collected
                     if answer is not None:
-                        self._agree(turn, answer._result, _walked(asked, answer))  # noqa: SLF001 - its friend
-                        turn.end()
+                        self._compare(turn, asked, answer)
                     raise
-                self._agree(turn, answer._result, _walked(asked, answer))  # noqa: SLF001 - its friend
-                turn.end()
+                self._compare(turn, asked, answer)
         except PagemapCompatError as error:
             if answer is not None:
                 error.collected = answer
@@ -171,6 +169,10 @@ class ParanoidBackend(Backend):
                 _kernel.owe(answer._result)  # noqa: SLF001 - its friend
             raise
         return answer
+
+    def _compare(self, turn: _Turn, asked: AddressRange, answer: ScanResult) -> None:
+        self._agree(turn, answer._result, AddressRange(asked.start, answer.walk_end))  # noqa: SLF001 - its friend
+        turn.end()
 
     def take(self, on: Attached, pages: _kernel.Result, *, rearm: bool) -> None:
         """ENGAGE_WP + GET of all of it, compared."""
@@ -251,10 +253,6 @@ class ParanoidBackend(Backend):
 
 def _pages(asked: AddressRange) -> _kernel.Result:
     return _kernel.result_of(asked.start, asked.end) if asked.length else _kernel.new_result()
-
-
-def _walked(asked: AddressRange, answer: ScanResult) -> AddressRange:
-    return AddressRange(asked.start, answer.walk_end)
 
 
 def _without(pages: _kernel.Result, others: Iterable[tuple[int, int, int]]) -> _kernel.Result:

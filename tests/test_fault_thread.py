@@ -28,7 +28,8 @@ from pagemapcompat import (
     NotTrackableError,
     TrackedRange,
     _kernel,
-    backends,
+    limits,
+    probe,
 )
 
 pytestmark = pytest.mark.kernel
@@ -317,6 +318,13 @@ def fault_thread() -> int:
                 return found[0]
 
 
+@contextlib.contextmanager
+def followed(flavour: Flavour, memory: AddressRange) -> Iterator[tuple[TrackedRange, int]]:
+    """Memory that is tracked, and the thread that serves its faults."""
+    with flavour.tracker() as tracker:
+        yield tracker.track(memory), fault_thread()
+
+
 def write_from(cpu: int, memory: AddressRange, ram: TrackedRange) -> None:
     """Write to each page for the first time since it was protected, on one CPU: more faults than between two looks."""
     before = os.sched_getaffinity(0)
@@ -335,8 +343,7 @@ def test_it_runs_where_its_writer_does(
     memory = area(64)
 
     def check() -> None:
-        with uffd_wp.tracker() as tracker:
-            ram, thread = tracker.track(memory), fault_thread()
+        with followed(uffd_wp, memory) as (ram, thread):
             given = os.sched_getaffinity(thread)
             assert given == os.sched_getaffinity(0)
             for cpu in (*two_cpus, *two_cpus):
@@ -356,8 +363,7 @@ def test_it_follows_nobody_when_several_write(
     memory = area(64)
 
     def check() -> None:
-        with uffd_wp.tracker() as tracker:
-            ram, thread = tracker.track(memory), fault_thread()
+        with followed(uffd_wp, memory) as (ram, thread):
             given = os.sched_getaffinity(thread)
             write_from(two_cpus[1], memory, ram)
             assert os.sched_getaffinity(thread) != given
@@ -380,8 +386,7 @@ def test_it_stays_on_the_cpus_it_was_given(
 
     def check() -> None:
         os.sched_setaffinity(0, {first})
-        with uffd_wp.tracker() as tracker:
-            ram, thread = tracker.track(memory), fault_thread()
+        with followed(uffd_wp, memory) as (ram, thread):
             write_from(second, memory, ram)
             assert os.sched_getaffinity(thread) == {first}
             os.sched_setaffinity(thread, {first, second})
@@ -477,20 +482,18 @@ def is_of_a_thread(name: str) -> bool:
 
 
 def test_it_stays_where_real_time_has_no_limit(
-    uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int], tmp_path: Path
+    uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread of a real-time class could keep it from its CPU for ever, and its writer with it."""
-    limit, memory = tmp_path / "limit", area(64)
-    limit.write_text("-1\n")
+    memory, text = area(64), limits._text
 
     def check() -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backends, "_REAL_TIME_LIMIT", limit)
-            with uffd_wp.tracker() as tracker:
-                ram, thread = tracker.track(memory), fault_thread()
-                given = os.sched_getaffinity(thread)
-                write_from(two_cpus[1], memory, ram)
-                assert os.sched_getaffinity(thread) == given
+        monkeypatch.setattr(limits, "_text", lambda path: "-1" if path.name == "sched_rt_runtime_us" else text(path))
+        assert probe(refresh=True).limits.real_time_limit is False
+        with followed(uffd_wp, memory) as (ram, thread):
+            given = os.sched_getaffinity(thread)
+            write_from(two_cpus[1], memory, ram)
+            assert os.sched_getaffinity(thread) == given
 
     in_child(check)
 

@@ -165,6 +165,7 @@ def is_transient(name: str, error: int) -> bool:
 INFALLIBLE = {
     *("clock_gettime", "getpid", "sigfillset", "sysconf", "__errno_location"),
     *("memchr", "memcmp", "memcpy", "memmove", "memset", "strchr", "strcmp", "strcspn", "strncmp", "strrchr", "strspn"),
+    *("snprintf", "__snprintf_chk", "strtoul", "__isoc23_strtoul"),
     "__stack_chk_fail",
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_join", "pthread_self", "pthread_sigmask"),

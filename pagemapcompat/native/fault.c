@@ -88,7 +88,7 @@ static int serve(struct pmc_tracker *tracker)
 	struct span woken[MESSAGES];
 
 	for (;;) {
-		size_t answers = 0, count;
+		size_t answers = 0;
 		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
 		if (got < 0 && (errno == EINTR || errno == EAGAIN))
 			continue;
@@ -97,7 +97,7 @@ static int serve(struct pmc_tracker *tracker)
 		// Nothing but faults was asked for in the handshake, so anything else comes from somebody else's file.
 		if (!got || (size_t)got % sizeof(*messages))
 			return -EBADF;
-		count = (size_t)got / sizeof(*messages);
+		size_t count = (size_t)got / sizeof(*messages);
 		uint32_t writer = messages[0].arg.pagefault.thread_id;
 		for (size_t i = 0; i < count; i++) {
 			if (messages[i].event != UFFD_EVENT_PAGEFAULT)

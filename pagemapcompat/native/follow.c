@@ -2,17 +2,20 @@
 //
 // A writer whose fault thread is on its own CPU waits for two switches of context; else each has to wake the other's CPU, which takes up
 // to 10 times as long where that is idle, or a virtual one. The scheduler leaves the thread wherever it was. So it looks where its writer
-// is, as long as there is one, and ties itself to that CPU: a look takes about as long as a fault, so after a few faults, twice as many, and
-// in the end each LOOK_EVERY. One that the scheduler moves each time is left alone, and so are several writers that take turns. It does not leave the CPUs that it was given: those of the thread that made the tracker,
-// or what somebody says later; unless that is the very CPU it is tied to, which looks the same.
+// is, as long as there is one, and ties itself to that CPU. A look takes about as long as a fault: the first comes after a few faults, the
+// next after twice as many, in the end each LOOK_EVERY. A writer that the scheduler moves each time is left alone, and so are several that
+// take turns. The thread does not leave the CPUs that it was given: those of the thread that made the tracker, or what somebody says
+// later; unless that is the very CPU it is tied to, which looks the same.
 //
 // Where a thread is, /proc tells. To open a file there takes a lock of its directory, which a thread may hold that waits for this one;
-// reading a file that is open takes none but its own (fs/proc/array.c: do_task_stat). So whoever scans or resets opens it.
+// reading a file that is open takes none but its own (fs/proc/array.c: do_task_stat, 5.10 to 6.18). So whoever scans or resets opens it.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -29,27 +32,16 @@
 
 static int open_stat(uint32_t thread)
 {
-	static const char before[] = "/proc/self/task/", after[] = "/stat";
-	char path[sizeof(before) + sizeof(after) + 10], digits[10];
-	size_t length = sizeof(before) - 1, count = 0;
-
-	memcpy(path, before, length);
-	do
-		digits[count++] = (char)('0' + thread % 10);
-	while (thread /= 10);
-	while (count)
-		path[length++] = digits[--count];
-	memcpy(path + length, after, sizeof(after));
+	char path[64];
+	snprintf(path, sizeof(path), "/proc/self/task/%u/stat", thread);
 	return open(path, O_RDONLY | O_CLOEXEC);
 }
 
 // The file of a thread says its number first. One that does not is somebody else's, put in the place of ours.
 static bool is_of(const char *text, uint32_t thread)
 {
-	uint32_t number = 0;
-	for (; *text >= '0' && *text <= '9'; text++)
-		number = 10 * number + (uint32_t)(*text - '0');
-	return number == thread && *text == ' ';
+	char *end;
+	return strtoul(text, &end, 10) == thread && *end == ' ';
 }
 
 // Whether it may be closed.
@@ -97,15 +89,11 @@ void pmc_find_writer(struct pmc_tracker *tracker)
 // (proc_pid_stat(5)).
 static uint32_t parse_cpu(const char *text)
 {
-	uint32_t cpu = 0;
 	const char *at = strrchr(text, ')');
 	for (int field = 0; field < 37 && at; field++)
 		at = strchr(at + 1, ' ');
-	if (!at || at[1] < '0' || at[1] > '9')
-		return NO_CPU;
-	for (at++; *at >= '0' && *at <= '9' && cpu < PMC_CPUS; at++)
-		cpu = 10 * cpu + (uint32_t)(*at - '0');
-	return cpu < PMC_CPUS ? cpu : NO_CPU;
+	unsigned long cpu = at ? strtoul(at, NULL, 10) : NO_CPU;
+	return cpu < PMC_CPUS ? (uint32_t)cpu : NO_CPU;
 }
 
 static uint32_t look(struct pmc_tracker *tracker, uint32_t thread)

@@ -146,9 +146,6 @@ struct fair_lock {
 	atomic_uint serving;
 };
 
-void pmc_fair_lock(struct fair_lock *lock);
-void pmc_fair_unlock(struct fair_lock *lock);
-
 // Consecutive memory of one kind, from the end of the piece before it. Holes belong to either neighbour.
 struct piece {
 	uint64_t end;
@@ -192,7 +189,7 @@ struct cpus {
 // How the fault thread follows its writer: see follow.c.
 struct follower {
 	atomic_uint wanted; // the thread whose file is to be opened, or 0
-	uint32_t known; // whose was, or 0; under fault_lock
+	uint32_t known; // whose was; under fault_lock
 	int stat; // that file, or -1; under fault_lock
 	// The rest is the fault thread's own.
 	uint32_t thread; // the last writer, or 0
@@ -280,6 +277,8 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 
 // -- lock.c -------------------------------------------------------------------------------------------------
 
+void pmc_fair_lock(struct fair_lock *lock);
+void pmc_fair_unlock(struct fair_lock *lock);
 // Takes fault_lock. While it is held no signal handler may run on this thread: it could store into tracked memory.
 void pmc_hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before);
 void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before);

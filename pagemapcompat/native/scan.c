@@ -452,7 +452,7 @@ static int reset_armed(struct pmc_range *range, const struct piece *piece, uint6
 		       uint64_t *walk_end)
 {
 	uint64_t huge = huge_size(range->tracker);
-	// Of little memory less is to be told than it takes to look where its mapping ends.
+	// For little memory a vector costs less than to look where its mapping ends.
 	if (end - start < huge)
 		return take_and_forget(range, piece, start, end, walk_end);
 	uint64_t inner = is_seam(range, start) ? start : min_u64(align_up(start, huge), end);
