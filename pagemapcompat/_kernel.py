@@ -7,7 +7,6 @@ what it asked for. cffi releases the GIL around every call.
 from __future__ import annotations
 
 from struct import Struct
-from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pagemapcompat._native import ffi, lib
@@ -110,16 +109,13 @@ TELLABLE: int = lib.PMC_TELLABLE
 ENGAGE: int = lib.PMC_ENGAGE
 REARM: int = lib.PMC_REARM
 
+KEEP: int = lib.PMC_KEEP
+"""Regions, at most, of an answer whose memory is kept to be used again."""
+
 MADV_POPULATE_READ: int = lib.PMC_MADV_POPULATE_READ
 MADV_GUARD_INSTALL: int = lib.PMC_MADV_GUARD_INSTALL
 MAP_NORESERVE: int = lib.PMC_MAP_NORESERVE
 MAP_HUGETLB: int = lib.PMC_MAP_HUGETLB
-
-
-def _references() -> int:
-    """What getrefcount() says of an object that one variable has: it depends on how Python passes arguments."""
-    result = [object()].pop(0)
-    return getrefcount(result)
 
 
 _gc = ffi.gc
@@ -127,7 +123,6 @@ _from_buffer = ffi.from_buffer
 _BYTES = ffi.typeof("unsigned char[]")
 _new_result = ffi.new_allocator(should_clear_after_alloc=True)
 _release_result = lib.pmc_result_release
-_ONE_REFERENCE = _references()
 _RESULT = ffi.typeof("struct pmc_result *")
 _REGION_SIZE = ffi.sizeof("struct page_region")
 _REGION = Struct("=QQQ")
@@ -175,26 +170,12 @@ class Result(Protocol):
     untracked_start: int
     untracked_end: int
     operation: Any
-    delivered: int
 
 
 def new_result() -> Result:
     """An empty one."""
     result: Result = _gc(_new_result(_RESULT), _release_result)
     return result
-
-
-def reuse_result(spare: list[Result]) -> Result:
-    """One to be filled: the oldest in *spare*, if nobody else has it any more. As zip() does with its tuples."""
-    try:
-        result = spare.pop(0)
-    except IndexError:
-        return new_result()
-    if getrefcount(result) == _ONE_REFERENCE:
-        return result
-    if not spare:
-        spare.append(result)  # whoever asks again and again has the last answer still, and the one before no more
-    return new_result()
 
 
 def restore_result(words: bytes, walk_end: int) -> Result:
@@ -455,8 +436,8 @@ scan_all: Callable[[Any, int, Result], int] = lib.pmc_scan_all
 """Likewise all of the range, without a limit: of a cursor and flags. Each argument less saves 20 ns."""
 reset: Callable[[Any, int, int, int, Result], int] = lib.pmc_reset
 """Protect, whatever was written: of a cursor, start, end and flags. Says in *result* what failed."""
-owe: Callable[[Result], int] = lib.pmc_owe
-"""Give the pages of a result that reached nobody back.
+owe: Callable[[Any, Result], int] = lib.pmc_owe
+"""Give back what was taken for a cursor, into a result that reached nobody.
 
 Also the C function itself: where it is called first thing in a handler, no second interrupt comes before it.
 """

@@ -29,7 +29,7 @@ from pagemapcompat.errors import (
     UnsupportedError,
 )
 from pagemapcompat.memory import AddressRange
-from pagemapcompat.pagemap import LOST_FILE, ScanResult
+from pagemapcompat.pagemap import LOST_FILE, ScanResult, answer_for
 from pagemapcompat.refusals import raise_einval
 from pagemapcompat.userfaultfd import Attempt, Way, open_hint, open_userfaultfd
 
@@ -74,8 +74,12 @@ class Attached:
     granularity: int
     """The size of its largest page, in bytes."""
     guarantees: Guarantee
-    spare: list[_kernel.Result] = attrs.field(factory=list, init=False, eq=False, repr=False)
-    """Of earlier answers, to be used again once their owners let them go."""
+    rearm: int
+    """`_kernel.REARM`: what has lost its registration gets it back; or 0: it is an error."""
+    spare: list[ScanResult] = attrs.field(factory=list, init=False, eq=False, repr=False)
+    """Earlier answers, to be used again once their owners let them go."""
+    scratch: list[_kernel.Result] = attrs.field(factory=list, init=False, eq=False, repr=False)
+    """For what is no answer, and leaves nobody with it."""
 
 
 _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
@@ -94,9 +98,7 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
 
 
 _ENGAGE: Final = _kernel.ENGAGE
-_ENGAGE_AND_REARM: Final = _kernel.ENGAGE | _kernel.REARM
-_FEW: Final = 512
-"""Regions of an answer whose memory is kept to be used again."""
+_KEEP: Final = _kernel.KEEP
 
 
 class Backend:
@@ -202,7 +204,7 @@ class Backend:
 
     # -- Ranges -----------------------------------------------------------------------------------------------
 
-    def attach(self, memory: AddressRange, length: int) -> Attached:
+    def attach(self, memory: AddressRange, length: int, *, rearm: bool) -> Attached:
         """Register and protect *memory*.
 
         Raises:
@@ -232,6 +234,7 @@ class Backend:
             length=length,
             granularity=_kernel.range_granularity(handle),
             guarantees=guarantees,
+            rearm=_kernel.REARM if rearm else 0,
         )
 
     def _cursor(self, handle: _kernel.RangeHandle) -> _kernel.CursorHandle:
@@ -240,10 +243,10 @@ class Backend:
             self._fail(-rc, "mmap", AddressRange(0, 0))
         return cursor
 
-    def attach_cursor(self, attached: Attached, *, rearm: bool) -> Attached:
+    def attach_cursor(self, attached: Attached) -> Attached:
         """Another reader of the same range, to whom nothing is written yet."""
         other = attrs.evolve(attached, cursor=self._cursor(attached.handle))
-        self.engage_wp(other, attached.range, rearm=rearm)
+        self.engage_wp(other, attached.range)
         return other
 
     def detach_cursor(self, attached: Attached) -> None:
@@ -285,20 +288,19 @@ class Backend:
 
     def get(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
         """GET: what was written. Changes nothing."""
-        spare = on.spare
-        result = _kernel.reuse_result(spare)
-        answer = ScanResult(result, asked, on.start, on.length)
+        answer = answer_for(on.spare, asked, on.start, on.length)
+        result = answer._result  # noqa: SLF001 - its friend
         if asked is on.range and not max_pages:
             rc = _kernel.scan_all(on.cursor.c, 0, result)
         else:
             rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, 0, result)
         if rc < 0:
             self._fail(-rc, _kernel.operation(result), asked)
-        if rc < _FEW:
-            spare += (result,)
+        if rc > _KEEP:
+            del on.spare[:]
         return answer
 
-    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
+    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
         """ENGAGE_WP + GET: what was written, protected again in the same step.
 
         What was taken is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
@@ -306,10 +308,9 @@ class Backend:
         """
         # As much as possible comes before the scan: where that protected a page the kernel has flushed this CPU's TLB,
         # and whatever comes after it takes several times as long.
-        flags = _ENGAGE_AND_REARM if rearm else _ENGAGE
-        spare = on.spare
-        result = _kernel.reuse_result(spare)
-        answer = ScanResult(result, asked, on.start, on.length)
+        flags = _ENGAGE | on.rearm
+        answer = answer_for(on.spare, asked, on.start, on.length)
+        result = answer._result  # noqa: SLF001 - its friend
         try:
             if asked is on.range and not max_pages:
                 rc = _kernel.scan_all(on.cursor.c, flags, result)
@@ -319,22 +320,20 @@ class Backend:
                 self._fail(-rc, _kernel.operation(result), asked, result)
         except PagemapCompatError as error:
             error.collected = answer
-            result.delivered = 1
             raise
         except BaseException:
-            _kernel.owe(result)
+            _kernel.owe(on.cursor.c, result)
             raise
         # CPython looks for signals when a function begins, when one in C has returned, and in loops: not from here to
         # the caller, nor from an interrupt to the call that gives the pages back. So it does not matter who keeps the
         # interrupt, its traceback and this frame.
-        if rc < _FEW:
-            spare += (result,)
-        result.delivered = 1
+        if rc > _KEEP:
+            del on.spare[:]
         return answer
 
-    def take(self, on: Attached, pages: _kernel.Result, *, rearm: bool) -> None:
+    def take(self, on: Attached, pages: _kernel.Result) -> None:
         """ENGAGE_WP + GET of all of it, into *pages*, which the caller delivers or gives back, on errors too."""
-        rc = _kernel.scan_all(on.cursor.c, _ENGAGE_AND_REARM if rearm else _ENGAGE, pages)
+        rc = _kernel.scan_all(on.cursor.c, _ENGAGE | on.rearm, pages)
         if rc < 0 or pages.walk_end < on.range.end:
             self._fail(-rc if rc < 0 else ENOMEM, _kernel.operation(pages), on.range, pages)
 
@@ -377,13 +376,16 @@ class Backend:
             )
         self._fail(number, _kernel.operation(result), on.range)
 
-    def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
+    def engage_wp(self, on: Attached, asked: AddressRange) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""
-        result = _kernel.reuse_result(on.spare)
-        rc = _kernel.reset(on.cursor.c, asked.start, asked.end, _kernel.REARM if rearm else 0, result)
+        try:
+            result = on.scratch.pop()
+        except IndexError:
+            result = _kernel.new_result()
+        rc = _kernel.reset(on.cursor.c, asked.start, asked.end, on.rearm, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
-        on.spare.append(result)
+        on.scratch.append(result)
 
     def disengage_wp(self, on: Attached, asked: AddressRange) -> None:
         """Un-protect; all of it counts as written once."""

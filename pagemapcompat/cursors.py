@@ -36,10 +36,9 @@ class Cursor:
             pages.
     """
 
-    def __init__(self, backend: Backend, attached: Attached, *, rearm: bool, keep: object = None) -> None:
+    def __init__(self, backend: Backend, attached: Attached, *, keep: object = None) -> None:
         self._backend = backend
         self._attached = attached
-        self._rearm = rearm
         self._keep = keep  # the tracked range, which would else end with its last name
         self._closed = False
         self.range: AddressRange = attached.range
@@ -108,7 +107,7 @@ class Cursor:
         """
         asked = self.range if stop is None and start is _START else self._asked(start, stop)
         limit = 0 if max_pages is None else check_max_pages(max_pages)
-        return self._backend.get_and_engage_wp(self._attached, asked, limit, rearm=self._rearm)
+        return self._backend.get_and_engage_wp(self._attached, asked, limit)
 
     def reset(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
         """Start watching anew, whatever was written until now. What is owed is forgotten too.
@@ -120,7 +119,7 @@ class Cursor:
             AlignmentError, ClosedError, FaultThreadError: As for `peek`.
         """
         asked = self.range if stop is None and start is _START else self._asked(start, stop)
-        self._backend.engage_wp(self._attached, asked, rearm=self._rearm)
+        self._backend.engage_wp(self._attached, asked)
 
     def _asked(self, start: SupportsIndex, stop: SupportsIndex | None) -> AddressRange:
         whole = self.range

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from errno import EACCES, EBADF, EBADMSG, EFAULT, EINVAL, EISDIR, ENOENT, ENOTTY, EOPNOTSUPP, EPERM, ESPIPE, ESRCH
 from itertools import chain
 from struct import iter_unpack
+from sys import getrefcount
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, NoReturn, Self, overload
 
 import attrs
@@ -50,6 +52,18 @@ _LOST_FILE_HINT = (
     "somebody closed or replaced this library's descriptor; open another Pagemap, and close only what you opened"
 )
 _categories: dict[int, PageCategory] = {}
+
+
+def _references() -> tuple[int, int]:
+    """What getrefcount() says of an object that one variable has, and of one that is one's attribute.
+
+    It depends on how Python passes arguments.
+    """
+    pin = [SimpleNamespace(inside=object())].pop(0)
+    return getrefcount(pin), getrefcount(pin.inside)
+
+
+_ALONE, _ALONE_INSIDE = _references()
 
 
 def _category(bits: int) -> PageCategory:
@@ -173,6 +187,7 @@ class ScanResult(Sequence[PageRegion]):
         self._result = result
         self._base = base
         self._length = length
+        self._words: memoryview | None = None
         self.range: AddressRange = asked
 
     @property
@@ -278,12 +293,37 @@ class ScanResult(Sequence[PageRegion]):
 
         `np.asarray(result.as_u64()).reshape(-1, 3)` copies nothing either. The view keeps the array alive.
         """
-        try:
-            return memoryview(self._words)
-        except AttributeError:
+        words = self._words
+        if words is None:
             # The first time; from then on it costs no more than a view of a view, which is the caller's to release.
-            self._words: memoryview = _kernel.words(self._result)
-            return memoryview(self._words)
+            words = self._words = _kernel.words(self._result)
+        return memoryview(words)
+
+
+def answer_for(spare: list[ScanResult], asked: AddressRange, base: int, length: int) -> ScanResult:
+    """One to be filled, which is put into *spare* too: the oldest there, once nobody else has any of it.
+
+    As zip() does with its tuples.
+    """
+    try:
+        answer = spare.pop(0)
+    except IndexError:
+        return _new_answer(spare, asked, base, length)
+    if getrefcount(answer) == _ALONE:
+        answer._words = None  # noqa: SLF001 - made here
+        if getrefcount(answer._result) == _ALONE_INSIDE:  # noqa: SLF001 - made here
+            answer.range = asked
+            spare.append(answer)
+            return answer
+    elif not spare:
+        spare.append(answer)  # whoever asks again and again has the last answer still, and the one before no more
+    return _new_answer(spare, asked, base, length)
+
+
+def _new_answer(spare: list[ScanResult], asked: AddressRange, base: int, length: int) -> ScanResult:
+    answer = ScanResult(_kernel.new_result(), asked, base, length)
+    spare.append(answer)
+    return answer
 
 
 def _restore(words: bytes, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:

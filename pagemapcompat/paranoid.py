@@ -81,9 +81,9 @@ class ParanoidBackend(Backend):
 
     # -- Readers ------------------------------------------------------------------------------------------------
 
-    def attach(self, memory: AddressRange, length: int) -> Attached:
+    def attach(self, memory: AddressRange, length: int, *, rearm: bool) -> Attached:
         """Register and protect *memory*, then copy it."""
-        attached = super().attach(memory, length)
+        attached = super().attach(memory, length, rearm=rearm)
         try:
             turn = _Turn(attached, self._shadow(attached))
             self._follow(turn, _kernel.new_result())
@@ -144,7 +144,7 @@ class ParanoidBackend(Backend):
                 turn.end()
         return result
 
-    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, *, rearm: bool) -> ScanResult:
+    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
         """ENGAGE_WP + GET, compared. What an error had taken is compared too."""
         shadow = self._shadow(on)
         answer: ScanResult | None = None
@@ -152,7 +152,7 @@ class ParanoidBackend(Backend):
             with shadow.lock:
                 turn = _Turn(on, shadow)
                 try:
-                    answer = super().get_and_engage_wp(on, asked, max_pages, rearm=rearm)
+                    answer = super().get_and_engage_wp(on, asked, max_pages)
                 except KernelError as error:
                     answer = error.collected
                     if answer is not None:
@@ -165,8 +165,7 @@ class ParanoidBackend(Backend):
             raise
         except BaseException:
             if answer is not None:
-                answer._result.delivered = 0  # noqa: SLF001 - the real one took it for delivered
-                _kernel.owe(answer._result)  # noqa: SLF001 - its friend
+                _kernel.owe(on.cursor.c, answer._result)  # noqa: SLF001 - its friend
             raise
         return answer
 
@@ -174,21 +173,21 @@ class ParanoidBackend(Backend):
         self._agree(turn, answer._result, AddressRange(asked.start, answer.walk_end))  # noqa: SLF001 - its friend
         turn.end()
 
-    def take(self, on: Attached, pages: _kernel.Result, *, rearm: bool) -> None:
+    def take(self, on: Attached, pages: _kernel.Result) -> None:
         """ENGAGE_WP + GET of all of it, compared."""
         shadow = self._shadow(on)
         with shadow.lock:
             turn = _Turn(on, shadow)
-            super().take(on, pages, rearm=rearm)
+            super().take(on, pages)
             self._agree(turn, pages, on.range)
             turn.end()
 
-    def engage_wp(self, on: Attached, asked: AddressRange, *, rearm: bool) -> None:
+    def engage_wp(self, on: Attached, asked: AddressRange) -> None:
         """ENGAGE_WP && !GET. What was reset is copied anew."""
         shadow = self._shadow(on)
         with shadow.lock:
             turn = _Turn(on, shadow)
-            super().engage_wp(on, asked, rearm=rearm)
+            super().engage_wp(on, asked)
             self._follow(turn, _pages(asked))
             turn.end()
 

@@ -219,10 +219,9 @@ class History:
     time.
     """
 
-    def __init__(self, backend: Backend, attached: Attached, *, rearm: bool) -> None:
+    def __init__(self, backend: Backend, attached: Attached) -> None:
         self._backend = backend
         self._attached = attached
-        self._rearm = rearm
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that has it
         self._cursor: Attached | None = None
@@ -235,7 +234,7 @@ class History:
         with self._turn() as on:
             pages = _kernel.new_result()
             try:
-                self._backend.take(on, pages, rearm=self._rearm)
+                self._backend.take(on, pages)
                 image = _kernel.image_create(on.range.length // page_size(), self._image)
                 self._backend.capture(on, image, self._unknown(on, pages))
                 at = self._at
@@ -244,9 +243,8 @@ class History:
                 self._image, self._at = image, made
                 self._restored = False
             except BaseException:
-                _kernel.owe(pages)
+                _kernel.owe(on.cursor.c, pages)
                 raise
-            pages.delivered = 1
             return made
 
     def restore(self, snapshot: Snapshot, *, verify: bool) -> ScanResult:
@@ -258,16 +256,15 @@ class History:
             self._backend.write_back(on, image, stale)
             pages = _kernel.new_result()
             try:
-                self._backend.take(on, pages, rearm=self._rearm)
+                self._backend.take(on, pages)
                 # Protected again, pages show who writes from now on; who wrote until then is shown by what they hold.
                 touched = stale if _kernel.words(stale) == _kernel.words(pages) else _kernel.unite(stale, pages)
                 self._check(ConcurrentWriteError, on, image, touched)
                 self._restored = True
                 self._image, self._at = image, snapshot
             except BaseException:
-                _kernel.owe(pages)
+                _kernel.owe(on.cursor.c, pages)
                 raise
-            pages.delivered = 1
             if verify:
                 self._image = None  # nothing is known, unless all is found right
                 self._check(RestoreError, on, image, _everything(on.range))
@@ -287,7 +284,7 @@ class History:
             try:
                 self._owner = me
                 if self._cursor is None:
-                    self._cursor = self._backend.attach_cursor(self._attached, rearm=self._rearm)
+                    self._cursor = self._backend.attach_cursor(self._attached)
                 yield self._cursor
             finally:
                 self._owner = None

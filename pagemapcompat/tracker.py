@@ -30,13 +30,11 @@ class TrackedRange(Cursor):
     `peek`, `collect` and `reset` are those of `Cursor`, and so are the attributes.
     """
 
-    def __init__(
-        self, tracker: DirtyTracker, pinned: PinnedMemory, attached: Attached, claimed: Claim, *, rearm: bool
-    ) -> None:
+    def __init__(self, tracker: DirtyTracker, pinned: PinnedMemory, attached: Attached, claimed: Claim) -> None:
         self._pinned = pinned
         self._claim = claimed
-        super().__init__(tracker._backend, attached, rearm=rearm, keep=tracker)  # noqa: SLF001 - its friend
-        self._history = History(self._backend, attached, rearm=rearm)
+        super().__init__(tracker._backend, attached, keep=tracker)  # noqa: SLF001 - its friend
+        self._history = History(self._backend, attached)
 
     # -- What concerns every reader ---------------------------------------------------------------------------
 
@@ -50,8 +48,8 @@ class TrackedRange(Cursor):
 
         Cost: that of a collect, and one bit a page.
         """
-        attached = self._backend.attach_cursor(self._attached, rearm=self._rearm)
-        return Cursor(self._backend, attached, rearm=self._rearm, keep=self)
+        attached = self._backend.attach_cursor(self._attached)
+        return Cursor(self._backend, attached, keep=self)
 
     def snapshot(self) -> Snapshot:
         """Copy the memory: all that is there the first time, later the pages written since the last one or restore.
@@ -240,8 +238,8 @@ class DirtyTracker:
         try:
             claimed = self._claim(pinned.range)
             try:
-                attached = self._backend.attach(pinned.range, pinned.length)
-                tracked = TrackedRange(self, pinned, attached, claimed, rearm=self._rearm)
+                attached = self._backend.attach(pinned.range, pinned.length, rearm=self._rearm)
+                tracked = TrackedRange(self, pinned, attached, claimed)
                 self._ranges[id(tracked)] = tracked
             except BaseException:
                 release(claimed)

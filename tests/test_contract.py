@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import random
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 from conftest import PAGE, PRIVATE, Flavour, area, claims, lacking, libc, pages_of, part, private, write  # noqa: F401
@@ -17,8 +19,12 @@ from pagemapcompat import (
     NotTrackableError,
     NotTrackedError,
     PageCategory,
+    ScanResult,
     probe,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.kernel
 
@@ -428,6 +434,32 @@ def test_results_outlive_the_tracker(flavour: Flavour) -> None:
     assert list(view) == [base + PAGE, base + 2 * PAGE, 2, base + 4 * PAGE, base + 5 * PAGE, 2]
     assert result.range == AddressRange.from_length(base, 8 * PAGE)
     memory.close()
+
+
+def test_what_anybody_has_of_an_answer_never_changes(tracker: DirtyTracker) -> None:
+    """Its memory is filled again only once nobody has it, a view of it, or an iterator over it."""
+    takes: dict[str, Callable[[ScanResult], Callable[[], list[int]]]] = {
+        "answer": lambda answer: lambda: list(answer.page_indices()),
+        "view": lambda answer: partial(lambda view: [(word - base) // PAGE for word in view[::3]], answer.as_u64()),
+        "view of a view": lambda answer: partial(
+            lambda view: [(word - base) // PAGE for word in view], answer.as_u64()[::3]
+        ),
+        "regions": lambda answer: partial(lambda some: [(one.start - base) // PAGE for one in some], iter(answer)),
+        "pages": lambda answer: partial(list, answer.page_indices()),
+        "spans": lambda answer: partial(lambda some: [start // PAGE for start, _ in some], answer.spans()),
+    }
+    memory = private(64)
+    ram = tracker.track(memory)
+    base = ram.range.start
+    kept: list[tuple[str, list[int], Callable[[], list[int]]]] = []
+    for number in range(10):
+        for name, take in takes.items():
+            pages = [number, 12 + number * 2, 40 + number * 2]
+            write(memory, *pages)
+            kept.append((name, pages, take(ram.peek() if number % 2 else ram.collect())))
+            ram.collect()
+    for name, pages, read in kept:
+        assert read() == pages, name
 
 
 def test_guard_pages_are_reported_at_most_once(flavour: Flavour, area) -> None:  # noqa: F811

@@ -11,7 +11,7 @@ import pytest
 from children import Crew, Mirror, in_child, memory_of, resources
 from conftest import PAGE, Flavour, libc, pages_of, part, private, write
 
-from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, page_size
+from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, _kernel, page_size
 
 pytestmark = pytest.mark.kernel
 
@@ -233,10 +233,31 @@ def test_a_reader_that_stops_reading_costs_one_bit_a_page(tracker: DirtyTracker)
     assert tracker.statistics().owed_pages == 0
 
 
-def test_an_undelivered_answer_goes_back_to_its_reader_alone(
+def test_an_answer_that_nobody_has_is_filled_again(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks again and again makes no new memory, also if the last answer, or a view of it, is kept till then."""
+    made = 0
+    new_result = _kernel.new_result
+
+    def counted() -> _kernel.Result:
+        nonlocal made
+        made += 1
+        return new_result()
+
+    memory = private(8)
+    ram = tracker.track(memory)
+    monkeypatch.setattr(_kernel, "new_result", counted)
+    for _ in range(20):
+        write(memory, 1, 3)
+        answer = ram.collect()
+        assert answer.as_u64()[0] == ram.range.start + PAGE
+        ram.reset()
+    assert made <= 3
+
+
+def test_what_an_interrupt_took_goes_back_to_its_reader_alone(
     tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupt between C and Python: the taker still gets its pages, and the others theirs once."""
+    """As soon as C has returned: the taker still gets its pages, and the others theirs once."""
     memory = private(PAGES)
     ram = tracker.track(memory)
     cursor = ram.cursor()
@@ -245,11 +266,13 @@ def test_an_undelivered_answer_goes_back_to_its_reader_alone(
     class Interrupt(BaseException):
         """Stands for KeyboardInterrupt."""
 
-    def interrupted(*_: object) -> None:
+    def interrupted(cursor: object, flags: int, result: _kernel.Result) -> int:
+        assert scan_all(cursor, flags, result) == 1
         raise Interrupt
 
+    scan_all = _kernel.scan_all
     with monkeypatch.context() as patch:
-        patch.setattr("pagemapcompat.backends.ScanResult", interrupted)
+        patch.setattr(_kernel, "scan_all", interrupted)
         with pytest.raises(Interrupt):
             cursor.collect()
     assert pages_of(ram.collect()) == written

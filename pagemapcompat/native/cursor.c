@@ -41,7 +41,6 @@ int pmc_cursor_create(struct pmc_cursor **ret, struct pmc_range *range)
 		range->tracker->operation = "mmap";
 		return pmc_leave(range->tracker, range->open ? -ENOMEM : -PMC_ECLOSED, NULL);
 	}
-	cursor->references = 1;
 	cursor->range = range;
 	atomic_fetch_add(&range->references, 1);
 	cursor->next = range->cursors;
@@ -71,20 +70,13 @@ int pmc_cursor_close(struct pmc_cursor *cursor)
 	return 0;
 }
 
-void pmc_cursor_put(struct pmc_cursor *cursor)
-{
-	struct pmc_range *range = cursor->range;
-	if (atomic_fetch_sub(&cursor->references, 1) != 1)
-		return;
-	pmc_pages_free(cursor->owed, range->bits_size);
-	pmc_pages_free(cursor, sizeof(*cursor));
-	pmc_range_put(range);
-}
-
 void pmc_cursor_destroy(struct pmc_cursor *cursor)
 {
 	if (!cursor)
 		return;
+	struct pmc_range *range = cursor->range;
 	(void)pmc_cursor_close(cursor);
-	pmc_cursor_put(cursor);
+	pmc_pages_free(cursor->owed, range->bits_size);
+	pmc_pages_free(cursor, sizeof(*cursor));
+	pmc_range_put(range);
 }

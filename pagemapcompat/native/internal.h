@@ -10,7 +10,7 @@
 
 #include "pmc.h"
 
-#define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64. An answer of no more is kept to be used again
+#define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64
 #define PMC_VECTOR (8 * PMC_REGIONS) // regions of one call of an engine: a call for each 512 takes 0.4 us more each time
 #define PMC_CPUS 8192 // at most; with more the fault thread stays where it is
 #define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
@@ -175,10 +175,9 @@ struct pmc_range {
 
 // A reader of a range. Whoever takes pages from the engine owes them to all other cursors, so that each sees every write.
 struct pmc_cursor {
-	atomic_int references; // its owner's, and one for each result that took pages for it
 	struct pmc_range *range;
 	struct pmc_cursor *next; // in range->cursors
-	uint64_t *owed; // taken and protected, not yet delivered to this one; NULL once closed
+	uint64_t *owed; // taken and protected, and this one does not have it yet; NULL once closed
 	uint64_t owed_count;
 };
 
@@ -369,7 +368,5 @@ int pmc_enter_range(struct pmc_range *range);
 
 // Owes what is mapped of [start, end) to every cursor of the range. 0, or -errno where nobody can tell: then all of it.
 int pmc_owe_mapped(struct pmc_range *range, uint64_t start, uint64_t end);
-// Drops a reference; the last one frees. Takes no lock.
-void pmc_cursor_put(struct pmc_cursor *cursor);
 
 #endif

@@ -364,14 +364,12 @@ check:
 
 // ---- Results ------------------------------------------------------------------------------------------------
 
-int pmc_owe(struct pmc_result *result)
+int pmc_owe(struct pmc_cursor *cursor, const struct pmc_result *result)
 {
-	struct pmc_cursor *cursor = result->cursor;
-	if (!cursor || result->delivered)
-		return 0;
+	if (!cursor)
+		return -PMC_ECLOSED;
 	struct pmc_tracker *tracker = cursor->range->tracker;
 	int rc = pmc_enter_briefly(tracker);
-	result->delivered = 1;
 	if (rc)
 		return rc;
 	if (!cursor->range->open || !cursor->owed)
@@ -381,14 +379,11 @@ int pmc_owe(struct pmc_result *result)
 	return pmc_leave(tracker, 0, NULL);
 }
 
-// Gives back what it was not delivered of. Memory stays of which little was touched.
+// Memory stays of which little was touched.
 static void result_empty(struct pmc_result *result)
 {
 	struct pmc_result empty = { 0 };
-	(void)pmc_owe(result); // closed, or forked: nobody will ask for them
-	if (result->cursor)
-		pmc_cursor_put(result->cursor);
-	if (result->count <= PMC_REGIONS && result->capacity <= PMC_VECTOR) {
+	if (result->count <= PMC_KEEP && result->capacity <= PMC_VECTOR) {
 		empty.regions = result->regions;
 		empty.capacity = result->capacity;
 	} else {
@@ -399,7 +394,6 @@ static void result_empty(struct pmc_result *result)
 
 void pmc_result_release(struct pmc_result *result)
 {
-	result_empty(result);
 	free(result->regions);
 	*result = (struct pmc_result){ 0 };
 }
@@ -416,10 +410,6 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 		return rc;
 	struct pmc_tracker *tracker = cursor->range->tracker;
 	max_pages = min_u64(max_pages, (end - start) >> tracker->page_shift);
-	if (flags & PMC_ENGAGE) {
-		atomic_fetch_add(&cursor->references, 1);
-		result->cursor = cursor;
-	}
 	rc = scan_locked(cursor, start, end, max_pages, flags, result);
 	// A fault thread that died meanwhile has let writes through that this scan could not see.
 	if (!rc && atomic_load(&tracker->fault_errno))

@@ -51,6 +51,8 @@
 #define PMC_ENGAGE (1u << 0) // write-protect what is returned
 #define PMC_REARM (1u << 1) // register what has lost its registration instead of failing
 
+#define PMC_KEEP 512 // regions, at most, of an answer whose memory is kept to be used again: 12 KiB
+
 struct pmc_tracker;
 struct pmc_range;
 struct pmc_cursor;
@@ -71,8 +73,6 @@ struct pmc_result {
 	uint64_t untracked_start; // with -ENOENT: the first stretch that is not registered
 	uint64_t untracked_end;
 	const char *operation; // with -errno: the call that failed; static
-	struct pmc_cursor *cursor; // for whom the pages were taken; held until release
-	uint64_t delivered; // set it when somebody has the regions; else release gives the pages back
 };
 
 struct pmc_statistics {
@@ -170,8 +170,8 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
 // Registers and protects what has lost its registration; its pages count as written once, for every cursor.
 int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
-// Gives the pages that *result* took and that reached nobody back: the next scan returns them again. Once; then it is delivered.
-int pmc_owe(struct pmc_result *result);
+// Gives back what a scan with PMC_ENGAGE took for *cursor* and reached nobody: the next scan returns it again. Once.
+int pmc_owe(struct pmc_cursor *cursor, const struct pmc_result *result);
 
 // -- Images: what the memory of a range held, page by page. Immutable once made, shared by any threads; pages count from 0 ------
 
@@ -211,7 +211,7 @@ int pmc_compare(struct pmc_range *range, const struct pmc_image *image, const st
 
 // -- Results ----------------------------------------------------------------------------------------------
 
-// Frees the regions, after pmc_owe() unless delivered. The struct is the caller's.
+// Frees the regions. The struct is the caller's.
 void pmc_result_release(struct pmc_result *result);
 // Appends regions that ascend. 0 or -ENOMEM.
 int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count);

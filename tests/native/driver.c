@@ -177,10 +177,10 @@ static void collect(struct drive *drive, struct reader *reader, uint64_t first, 
 	check("collect", pmc_scan(reader->cursor, drive->start + first * drive->page, drive->start + last * drive->page, most,
 				  PMC_ENGAGE | PMC_REARM, &result));
 	check_order(&result);
-	if (deliver) {
+	if (deliver)
 		note(drive, reader, &result);
-		result.delivered = 1; // else they are owed, and come again
-	}
+	else
+		check("give back", pmc_owe(reader->cursor, &result));
 	pmc_result_release(&result);
 	atomic_fetch_add(&reader->collects, 1);
 }
@@ -255,7 +255,6 @@ static void capture(struct drive *drive, struct pmc_cursor *cursor)
 	check("collect", pmc_scan(cursor, drive->start, drive->end, 0, PMC_ENGAGE | PMC_REARM, &result));
 	check("make an image", pmc_image_create(&next, drive->image, drive->base_pages));
 	check("capture", pmc_capture(drive->range, next, result.regions, result.count, &errors));
-	result.delivered = 1;
 	pmc_result_release(&result);
 	pmc_result_release(&errors);
 	pmc_image_destroy(drive->image);
