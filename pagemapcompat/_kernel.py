@@ -7,7 +7,7 @@ what it asked for. cffi releases the GIL around every call.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pagemapcompat._native import ffi, lib
 
@@ -121,6 +121,8 @@ MAP_HUGETLB: int = lib.PMC_MAP_HUGETLB
 _gc = ffi.gc
 _from_buffer = ffi.from_buffer
 _BYTES = ffi.typeof("unsigned char[]")
+_WRITABLE: Final = True
+"""By position: an argument with a name costs as much as the rest of the call."""
 _new_result = ffi.new_allocator(should_clear_after_alloc=True)
 _release_result = lib.pmc_result_release
 _RESULT = ffi.typeof("struct pmc_result *")
@@ -223,16 +225,16 @@ def unite(a: Result, b: Result) -> Result:
     return result
 
 
-def fill_bitmap(result: Result, base: int, page_shift: int, out: Buffer, needed: int) -> bool:
-    """Set the bit of each page, counted from *base*. False: *out* is read-only or shorter than *needed*."""
+def fill_bitmap(result: Result, base: int, length: int, out: Buffer) -> int:
+    """Set the bit of each page, counted from *base*, and return how many there are.
+
+    Below 0: *out* cannot be written, or has less than a bit for each page of *length* bytes.
+    """
     try:
-        bits = _from_buffer(_BYTES, out, require_writable=True)
+        bits = _from_buffer(_BYTES, out, _WRITABLE)
     except (BufferError, TypeError, ValueError):
-        return False
-    if len(bits) < needed:
-        return False
-    lib.pmc_fill_bitmap(result.regions, result.count, base, page_shift, bits)
-    return True
+        return -1
+    return lib.pmc_fill_bitmap(result, base, length, bits, len(bits))  # type: ignore[no-any-return]
 
 
 def fill_addresses(regions: Buffer, shift: int, step: int, out: Buffer) -> None:

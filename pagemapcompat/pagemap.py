@@ -272,13 +272,13 @@ class ScanResult(Sequence[PageRegion]):
         Raises:
             InvalidArgumentError: *out* is read-only, or has less than a bit for each page of the tracked memory.
         """
-        needed = (-(-self._length >> PAGE_SHIFT) + 7) // 8
-        if not _kernel.fill_bitmap(self._result, self._base, PAGE_SHIFT, out, needed):
-            self._refuse_bitmap(out, needed)
-        return self._result.pages
+        pages = _kernel.fill_bitmap(self._result, self._base, self._length, out)
+        if pages < 0:
+            self._refuse_bitmap(out)
+        return pages
 
-    @staticmethod
-    def _refuse_bitmap(out: Buffer, needed: int) -> NoReturn:
+    def _refuse_bitmap(self, out: Buffer) -> NoReturn:
+        needed = (-(-self._length >> PAGE_SHIFT) + 7) // 8
         with memoryview(out) as view:
             if view.readonly or not view.c_contiguous:
                 raise InvalidArgumentError(f"{type(out).__name__} cannot be written as a bitmap").with_hint(

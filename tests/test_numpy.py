@@ -63,8 +63,8 @@ def test_the_bitmap_unpacks_to_the_page_indices(tracker: DirtyTracker, pages: in
     ram = tracker.track(memory)
     bitmap = np.zeros((pages + 7) // 8, dtype=np.uint8)
     sofar: set[int] = set()
-    for _ in range(3):
-        wrote = write(memory, *dice.sample(range(pages), (pages + 1) // 2))
+    for share in (2, 8, 20):  # nearly all in runs, some, and nearly none
+        wrote = write(memory, *dice.sample(range(pages), -(-pages // share)))
         result = ram.collect()
         fresh = np.zeros_like(bitmap)
         assert result.fill_bitmap(fresh) == len(wrote)

@@ -11,7 +11,7 @@
 
 #include "internal.h"
 
-#define SLOT_BITS 4
+#define SLOT_BITS 3
 #define SLOTS (1u << SLOT_BITS)
 #define SPARE_BYTES (4u << 20) // of frames that a pool keeps, and as many nodes
 

@@ -156,25 +156,56 @@ uint64_t pmc_bits_find(const uint64_t *bits, uint64_t from, uint64_t to, bool va
 	return to;
 }
 
-void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t base, uint32_t page_shift,
-		     unsigned char *bits)
+struct bitmap {
+	unsigned char *bits;
+	uint64_t base;
+	uint32_t page_shift;
+};
+
+static inline void set_page(const struct bitmap *bitmap, const struct page_region *region)
 {
-	for (uint64_t i = 0; i < count; i++) {
-		uint64_t from = (regions[i].start - base) >> page_shift;
-		uint64_t to = (regions[i].end - base) >> page_shift;
-		if (to - from == 1) { // nearly all, where pages are written here and there
-			bits[from / 8] |= (unsigned char)(1u << (from % 8));
-			continue;
-		}
-		for (; from < to && from % 8; from++)
-			bits[from / 8] |= (unsigned char)(1u << (from % 8));
-		if (to - from >= 8) {
-			memset(bits + from / 8, 0xff, (to - from) / 8);
-			from = align_down(to, 8);
-		}
-		for (; from < to; from++)
-			bits[from / 8] |= (unsigned char)(1u << (from % 8));
+	uint64_t page = (region->start - bitmap->base) >> bitmap->page_shift;
+	bitmap->bits[page / 8] |= (unsigned char)(1u << (page % 8));
+}
+
+static void set_run(const struct bitmap *bitmap, const struct page_region *region)
+{
+	unsigned char *bits = bitmap->bits;
+	uint64_t from = (region->start - bitmap->base) >> bitmap->page_shift, to = (region->end - bitmap->base) >> bitmap->page_shift;
+	for (; from < to && from % 8; from++)
+		bits[from / 8] |= (unsigned char)(1u << (from % 8));
+	if (to - from >= 8) {
+		memset(bits + from / 8, 0xff, (to - from) / 8);
+		from = align_down(to, 8);
 	}
+	for (; from < to; from++)
+		bits[from / 8] |= (unsigned char)(1u << (from % 8));
+}
+
+int64_t pmc_fill_bitmap(const struct pmc_result *result, uint64_t base, uint64_t length, unsigned char *bits, uint64_t size)
+{
+	const struct page_region *region = result->regions, *end = result->count ? region + result->count : region;
+	const struct bitmap bitmap = { bits, base, pmc_page_shift() };
+	uint64_t page = 1ull << bitmap.page_shift;
+
+	if (size < (align_up(length, page) / page + 7) / 8)
+		return -EINVAL;
+	while (end - region >= 4) {
+		// Where pages are written here and there nearly all regions are one, and four of those take little longer than one.
+		if ((region[0].end - region[0].start == page) & (region[1].end - region[1].start == page) &
+		    (region[2].end - region[2].start == page) & (region[3].end - region[3].start == page)) {
+			set_page(&bitmap, &region[0]);
+			set_page(&bitmap, &region[1]);
+			set_page(&bitmap, &region[2]);
+			set_page(&bitmap, &region[3]);
+			region += 4;
+		} else {
+			set_run(&bitmap, region++);
+		}
+	}
+	while (region < end)
+		set_run(&bitmap, region++);
+	return (int64_t)result->pages;
 }
 
 void pmc_fill_spans(const struct page_region *regions, uint64_t count, uint64_t base, uint64_t length, uint64_t *spans)

@@ -217,9 +217,9 @@ void pmc_result_release(struct pmc_result *result);
 int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count);
 // Fills an empty result with the pages that are in *a* or *b*. 0 or -ENOMEM.
 int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, const struct pmc_result *b);
-// Sets bit (page - base) of *bits*, least significant first, for each page of *regions*.
-void pmc_fill_bitmap(const struct page_region *regions, uint64_t count, uint64_t base, uint32_t page_shift,
-		     unsigned char *bits);
+// Sets bit i of *bits*, least significant first, for each page i of the *length* bytes from *base* on that is in *result*. Returns the
+// number of pages in it. -EINVAL: *size* bytes are too few for all pages there are; nothing was set.
+int64_t pmc_fill_bitmap(const struct pmc_result *result, uint64_t base, uint64_t length, unsigned char *bits, uint64_t size);
 // Stores start and end of each of *regions*, as offsets from *base* and at most *length*.
 void pmc_fill_spans(const struct page_region *regions, uint64_t count, uint64_t base, uint64_t length, uint64_t *spans);
 // Stores the address, plus *shift* modulo 2**64, of every *step* bytes of *regions*.
