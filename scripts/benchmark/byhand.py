@@ -1,4 +1,7 @@
-"""What a user of Python would do instead: the ioctl by hand, words with numpy and without, a copy, soft-dirty."""
+"""What a user of Python would do instead: the ioctl by hand, words with numpy and without, a copy, soft-dirty.
+
+And the least that a call of C takes from Python: the same ioctl, by cffi, with everything prepared.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from benchmark.grid import GIB, LARGE, MIB, Case, contenders, pages, settle, sha
 from benchmark.measure import Contenders, on_one_cpu, sample
 from benchmark.session import BACKENDS, Session, size_name
 from pagemapcompat import DirtyTracker, Feature, TrackedRange, probe
+from pagemapcompat._native import ffi, lib
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +29,7 @@ PM_SCAN_CHECK_WPASYNC = 2
 SCAN_ARG = struct.Struct("=12Q")
 RANGE_AND_MODE = struct.Struct("=3Q")
 SOFT_DIRTY, UFFD_WP = 1 << 55, 1 << 57
-SIZES = (LARGE, GIB)
+SIZES = (MIB, LARGE, GIB)
 SHARES = (0.01, 0.1)
 WORD = 8
 
@@ -56,6 +60,21 @@ class ByHand:
         if self.np is not None:
             self._vector = self.np.ones((ground.used.pages // 2 + 1, REGION // WORD), dtype=self.np.uint64)
 
+        self._regions = ffi.new("struct page_region[]", ground.used.pages // 2 + 1)
+        self._arg: Any = ffi.new("struct pm_scan_arg *")
+        self._arg.flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC
+        self._arg.start, self._arg.end = ground.used.start, ground.used.end
+        self._arg.vec, self._arg.vec_len = int(ffi.cast("uintptr_t", self._regions)), len(self._regions)
+        self._arg.category_mask = self._arg.return_mask = PAGE_IS_WRITTEN
+
+    def ioctl_cffi(self) -> Taken:
+        """Nothing but the call."""
+        scan, pagemap, arg = lib.pmc_pagemap_scan, self.base.pagemap, self._arg
+        before = perf_counter_ns()
+        count = scan(pagemap, arg)
+        ns = perf_counter_ns() - before
+        return Taken(ns, sum(self._regions[i].end - self._regions[i].start for i in range(count)) >> SHIFT)
+
     def ioctl_numpy(self) -> Taken:
         """fcntl.ioctl into a numpy array."""
         before = perf_counter_ns()
@@ -74,7 +93,8 @@ class ByHand:
         if backend == "uffd-wp":
             words: Contenders = {"pread-loop": self.pread_loop}
             return words if self.np is None else {**words, "pread-numpy": self.pread_numpy}
-        return {} if self.np is None else {"ioctl-numpy": self.ioctl_numpy}
+        bare: Contenders = {"ioctl-cffi": self.ioctl_cffi}
+        return bare if self.np is None else {**bare, "ioctl-numpy": self.ioctl_numpy}
 
     def _words(self) -> bytes:
         at, left = (self.used.start >> SHIFT) * WORD, self.used.pages * WORD
