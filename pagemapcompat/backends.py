@@ -295,6 +295,7 @@ class Backend:
         else:
             rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, 0, result)
         if rc < 0:
+            del on.spare[:]
             self._fail(-rc, _kernel.operation(result), asked)
         if rc > _KEEP:
             del on.spare[:]
@@ -320,9 +321,11 @@ class Backend:
                 self._fail(-rc, _kernel.operation(result), asked, result)
         except PagemapCompatError as error:
             error.collected = answer
+            del on.spare[:]
             raise
         except BaseException:
             _kernel.owe(on.cursor.c, result)
+            del on.spare[:]
             raise
         # CPython looks for signals when a function begins, when one in C has returned, and in loops: not from here to
         # the caller, nor from an interrupt to the call that gives the pages back. So it does not matter who keeps the
