@@ -320,7 +320,10 @@ class Backend:
             if rc < 0:
                 self._fail(-rc, _kernel.operation(result), asked, result)
         except PagemapCompatError as error:
-            error.collected = answer
+            if error.collected is None:
+                error.collected = answer
+            else:  # that of a signal handler, which collected too
+                _kernel.owe(on.cursor.c, result)
             del on.spare[:]
             raise
         except BaseException:

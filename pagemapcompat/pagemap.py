@@ -7,10 +7,9 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from errno import EACCES, EBADF, EBADMSG, EFAULT, EINVAL, EISDIR, ENOENT, ENOTTY, EOPNOTSUPP, EPERM, ESPIPE, ESRCH
-from itertools import chain
+from itertools import chain, product
 from struct import iter_unpack
 from sys import getrefcount
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, NoReturn, Self, overload
 
 import attrs
@@ -52,18 +51,6 @@ _LOST_FILE_HINT = (
     "somebody closed or replaced this library's descriptor; open another Pagemap, and close only what you opened"
 )
 _categories: dict[int, PageCategory] = {}
-
-
-def _references() -> tuple[int, int]:
-    """What getrefcount() says of an object that one variable has, and of one that is one's attribute.
-
-    It depends on how Python passes arguments.
-    """
-    pin = [SimpleNamespace(inside=object())].pop(0)
-    return getrefcount(pin), getrefcount(pin.inside)
-
-
-_ALONE, _ALONE_INSIDE = _references()
 
 
 def _category(bits: int) -> PageCategory:
@@ -324,6 +311,30 @@ def _new_answer(spare: list[ScanResult], asked: AddressRange, base: int, length:
     answer = ScanResult(_kernel.new_result(), asked, base, length)
     spare.append(answer)
     return answer
+
+
+_ALONE = _ALONE_INSIDE = 0
+"""What getrefcount() says in answer_for() of an answer that nobody else has, and of what C filled; 0: nobody knows."""
+
+
+def _calibrate() -> None:
+    """Find out, with that very function.
+
+    It depends on how this Python passes arguments and compiles that; and a debugger may hold more, which is no measure.
+    """
+    global _ALONE, _ALONE_INSIDE  # noqa: PLW0603 - so that to ask costs no more than to look up a name
+    nowhere, old, new = AddressRange(0, 0), 1, 2
+    held = ScanResult(_kernel.new_result(), nowhere, old, 0)
+    inside = _kernel.new_result()
+    for _ALONE, _ALONE_INSIDE in product((1, 2), repeat=2):
+        spares = [held], [ScanResult(inside, nowhere, old, 0)], [ScanResult(_kernel.new_result(), nowhere, old, 0)]
+        found = [answer_for(spare, nowhere, new, 0)._base for spare in spares]  # noqa: SLF001 - made here
+        if found == [new, new, old]:
+            return
+    _ALONE = _ALONE_INSIDE = 0
+
+
+_calibrate()
 
 
 def _restore(words: bytes, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:

@@ -11,7 +11,7 @@ import pytest
 from children import Crew, Mirror, in_child, memory_of, resources
 from conftest import PAGE, Flavour, libc, pages_of, part, private, write
 
-from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, _kernel, page_size
+from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, _kernel, page_size, pagemap
 
 pytestmark = pytest.mark.kernel
 
@@ -254,6 +254,24 @@ def test_an_answer_that_nobody_has_is_filled_again(tracker: DirtyTracker, monkey
     assert made <= 3
 
 
+def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> None:
+    """One that looks at local variables holds what is in them (before Python 3.13): also while it is found out how."""
+    memory = private(8)
+    ram = tracker.track(memory)
+    sys.setprofile(lambda frame, *_: frame.f_locals and None)
+    try:
+        pagemap._calibrate()
+    finally:
+        sys.setprofile(None)
+    try:
+        for page in range(4):
+            wrote = write(memory, page)
+            kept, _ = ram.collect(), [ram.collect() for _ in range(3)]
+            assert pages_of(kept) == wrote
+    finally:
+        pagemap._calibrate()
+
+
 def test_what_an_interrupt_took_goes_back_to_its_reader_alone(
     tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +297,32 @@ def test_what_an_interrupt_took_goes_back_to_its_reader_alone(
     assert pages_of(ram.collect()) == set()
     assert pages_of(cursor.collect()) == written
     assert pages_of(cursor.collect()) == set()
+
+
+def test_a_collect_that_fails_in_a_signal_handler_loses_nothing_of_the_one_it_interrupts(
+    tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the handler's had taken is in the error, which ends both; what the other had taken comes again."""
+    memory = private(16)
+    ram = tracker.track(memory)
+
+    def interrupted(cursor: object, start: int, end: int, most: int, flags: int, result: _kernel.Result) -> int:
+        assert scan(cursor, start, end, most, flags, result) == 1
+        write(memory, 5)
+        ram.collect()
+        raise AssertionError
+
+    scan = _kernel.scan
+    libc.mmap(PAGE, address=ram.range.start + 10 * PAGE)
+    write(memory, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_kernel, "scan", interrupted)
+        with pytest.raises(NotTrackedError) as caught:
+            ram.collect(0, 4 * PAGE)
+    assert caught.value.collected is not None
+    assert set(caught.value.collected.page_indices()) == {5}
+    ram.rearm()
+    assert pages_of(ram.collect()) == {1, 10}
 
 
 @pytest.mark.parametrize("kind", ["private", "shared"])

@@ -1,6 +1,6 @@
 // Images: what memory held, page by page. Once made an image never changes, and images share whatever they have in common.
 //
-// A tree of nodes with 16 slots over the pages. Whoever changes a page copies the nodes above it that others share, so a snapshot of a
+// A tree of nodes with 8 slots over the pages. Whoever changes a page copies the nodes above it that others share, so a snapshot of a
 // few written pages costs those pages and a few nodes, a page is found in as many steps as the tree has levels however long the chain of
 // snapshots is, and two images differ only where their slots do. The slots are few because to copy a node is to count all that it holds once
 // more: with 512, as page tables have, that takes longer than to copy a page.
