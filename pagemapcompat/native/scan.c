@@ -452,6 +452,9 @@ static int reset_armed(struct pmc_range *range, const struct piece *piece, uint6
 		       uint64_t *walk_end)
 {
 	uint64_t huge = huge_size(range->tracker);
+	// A huge page that held any of it would hold what lies before it.
+	if (align_down(end - 1, huge) < start && is_seam(range, start))
+		return protect_only(range, start, end, walk_end);
 	// For little memory a vector costs less than to look where its mapping ends.
 	if (end - start < huge)
 		return take_and_forget(range, piece, start, end, walk_end);

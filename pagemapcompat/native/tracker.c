@@ -77,6 +77,9 @@ int pmc_enter(struct pmc_tracker *tracker)
 
 int pmc_leave(struct pmc_tracker *tracker, int rc, struct pmc_result *result)
 {
+	// When it ends the fault thread unregisters everything, under the eyes of a call that runs.
+	if (rc == -ENOENT && atomic_load(&tracker->fault_errno))
+		rc = -PMC_EFAULTTHREAD;
 	if (result)
 		result->operation = tracker->operation;
 	pthread_mutex_unlock(&tracker->mutex);
