@@ -39,12 +39,12 @@ from pagemapcompat.memory import AddressRange as AddressRange
 from pagemapcompat.memory import page_size as page_size
 from pagemapcompat.pagemap import Pagemap as Pagemap
 from pagemapcompat.pagemap import PagemapEntry as PagemapEntry
-from pagemapcompat.pagemap import PageRegion as PageRegion
 from pagemapcompat.pagemap import ScanQuery as ScanQuery
-from pagemapcompat.pagemap import ScanResult as ScanResult
 from pagemapcompat.probe import FeatureReport as FeatureReport
 from pagemapcompat.probe import ProbeResult as ProbeResult
 from pagemapcompat.probe import probe as probe
+from pagemapcompat.results import PageRegion as PageRegion
+from pagemapcompat.results import ScanResult as ScanResult
 from pagemapcompat.selection import Selection as Selection
 from pagemapcompat.snapshots import Snapshot as Snapshot
 from pagemapcompat.tracker import DirtyTracker as DirtyTracker

@@ -29,8 +29,9 @@ from pagemapcompat.errors import (
     UnsupportedError,
 )
 from pagemapcompat.memory import AddressRange
-from pagemapcompat.pagemap import LOST_FILE, ScanResult, answer_for
+from pagemapcompat.pagemap import LOST_FILE
 from pagemapcompat.refusals import raise_einval
+from pagemapcompat.results import ScanResult, answer_for
 from pagemapcompat.userfaultfd import Attempt, Way, open_hint, open_userfaultfd
 
 if TYPE_CHECKING:

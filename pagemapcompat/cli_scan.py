@@ -23,12 +23,14 @@ from pagemapcompat.abi import Feature, PageCategory
 from pagemapcompat.cli_streams import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, put, say
 from pagemapcompat.errors import InvalidArgumentError, PagemapCompatError, TargetGoneError, UnsupportedError
 from pagemapcompat.memory import PAGE_SHIFT, USER_END, AddressRange, page_size
-from pagemapcompat.pagemap import Pagemap, ScanQuery, ScanResult
+from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+
+    from pagemapcompat.results import ScanResult
 
 PROGRAM = "pagemapcompat scan"
 SCHEMA = 1

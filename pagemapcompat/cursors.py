@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Self, SupportsIndex
 
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError
 from pagemapcompat.memory import AddressRange
-from pagemapcompat.pagemap import ScanResult, check_max_pages
+from pagemapcompat.pagemap import check_max_pages
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from pagemapcompat.abi import Guarantee
     from pagemapcompat.backends import Attached, Backend
+    from pagemapcompat.results import ScanResult
 
 _START = 0
 """There is one 0, so that whoever asks for everything is known by identity, and a 0.0 is not taken for it."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from pagemapcompat.memory import AddressRange
-    from pagemapcompat.pagemap import ScanResult
+    from pagemapcompat.results import ScanResult
 
 
 class PagemapCompatError(Exception):

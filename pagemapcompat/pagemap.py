@@ -1,16 +1,13 @@
-"""/proc/PID/pagemap: what it says of pages, and the results of asking."""
+"""/proc/PID/pagemap: what it says of pages."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
 from errno import EACCES, EBADF, EBADMSG, EFAULT, EINVAL, EISDIR, ENOENT, ENOTTY, EOPNOTSUPP, EPERM, ESPIPE, ESRCH
-from itertools import chain, product
 from struct import iter_unpack
-from sys import getrefcount
-from typing import TYPE_CHECKING, Literal, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Literal, Self
 
 import attrs
 
@@ -27,13 +24,13 @@ from pagemapcompat.errors import (
 from pagemapcompat.memory import PAGE_SHIFT, AddressRange, Memory, pin
 from pagemapcompat.probe import probe
 from pagemapcompat.registrations import registered
+from pagemapcompat.results import ScanResult
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
-    from typing_extensions import Buffer
 
-_REGION = "=QQQ"
 _WORD_SIZE = 8
 _MOST_PAGES = 1 << 47
 """More than any address space has, and few enough to be counted in bytes."""
@@ -50,36 +47,6 @@ LOST_FILE = frozenset({EBADF, EBADMSG, EISDIR, ENOTTY, ESPIPE})
 _LOST_FILE_HINT = (
     "somebody closed or replaced this library's descriptor; open another Pagemap, and close only what you opened"
 )
-_categories: dict[int, PageCategory] = {}
-
-
-def _category(bits: int) -> PageCategory:
-    # Building an IntFlag costs ten times a look-up, and there are few different ones.
-    try:
-        return _categories[bits]
-    except KeyError:
-        return _categories.setdefault(bits, PageCategory(bits))
-
-
-@attrs.frozen
-class PageRegion:
-    """A run of pages with equal categories, as the kernel's `struct page_region`."""
-
-    start: int = attrs.field(repr=hex)
-    """The address of the first byte."""
-    end: int = attrs.field(repr=hex)
-    """The address behind the last one."""
-    categories: PageCategory
-
-    @property
-    def length(self) -> int:
-        """In bytes."""
-        return self.end - self.start
-
-    @property
-    def pages(self) -> int:
-        """In pages."""
-        return (self.end - self.start) >> PAGE_SHIFT
 
 
 def _mask(value: int) -> PageCategory:
@@ -156,189 +123,6 @@ def _merged(bits: int) -> PageCategory:
         if bits >> position & 1:
             result |= category
     return result
-
-
-class ScanResult(Sequence[PageRegion]):
-    """The regions that a scan returned: ascending, disjoint, neighbours with equal categories merged.
-
-    A value: it does not change, and stays good when the tracker is closed. It holds the array that C filled (24 bytes a
-    region) and makes Python objects only of what is asked for. Any thread may read it.
-
-    Attributes:
-        range: What was asked about.
-    """
-
-    __slots__ = ("_base", "_length", "_result", "_words", "range")
-
-    def __init__(self, result: _kernel.Result, asked: AddressRange, base: int, length: int) -> None:
-        self._result = result
-        self._base = base
-        self._length = length
-        self._words: memoryview | None = None
-        self.range: AddressRange = asked
-
-    @property
-    def walk_end(self) -> int:
-        """The address where the scan stopped."""
-        return self._result.walk_end
-
-    @property
-    def pages(self) -> int:
-        """How many pages are in the result."""
-        return self._result.pages
-
-    @property
-    def complete(self) -> bool:
-        """Whether the scan reached the end of what was asked about."""
-        return self.walk_end >= self.range.end
-
-    @property
-    def resume_at(self) -> int | None:
-        """The offset to pass as *start* to go on, or None when complete."""
-        return None if self.complete else self.walk_end - self._base
-
-    def __len__(self) -> int:
-        """The number of regions."""
-        return self._result.count
-
-    @overload
-    def __getitem__(self, index: int) -> PageRegion: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PageRegion]: ...
-    def __getitem__(self, index: int | slice) -> PageRegion | list[PageRegion]:
-        """One region, or a list of them."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        start, end, categories = self.as_u64()[3 * position : 3 * position + 3]
-        return PageRegion(start, end, _category(categories))
-
-    def __iter__(self) -> Iterator[PageRegion]:
-        """Every region, in order."""
-        for start, end, categories in iter_unpack(_REGION, self.as_u64()):
-            yield PageRegion(start, end, _category(categories))
-
-    def __eq__(self, other: object) -> bool:
-        """Equal when the same was asked and answered."""
-        if not isinstance(other, ScanResult):
-            return NotImplemented
-        return (self.range, self.walk_end, self.as_u64()) == (other.range, other.walk_end, other.as_u64())
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Callable[..., ScanResult], tuple[object, ...]]:
-        """Pickle as the value it is."""
-        words = self.as_u64().tobytes()
-        return _restore, (words, self.walk_end, self.range, self._base, self._length)
-
-    def __repr__(self) -> str:
-        """For people."""
-        state = "complete" if self.complete else f"resume_at={self.resume_at:#x}"
-        return f"<ScanResult of {self.range}: {len(self)} regions, {self.pages} pages, {state}>"
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """(lo, hi) byte offsets from the start of the tracked memory, so that `memory[lo:hi]` is what was written.
-
-        Also for a sub-range. The last one is clipped where the memory ends inside a page.
-        """
-        return _kernel.spans(self._result, self._base, self._length)
-
-    def page_indices(self) -> Iterator[int]:
-        """The number of every page in the result, counted from the start of the tracked memory."""
-        base = self._base
-        return chain.from_iterable(
-            range((start - base) >> PAGE_SHIFT, (end - base) >> PAGE_SHIFT)
-            for start, end, _ in iter_unpack(_REGION, self.as_u64())
-        )
-
-    def fill_bitmap(self, out: Buffer) -> int:
-        """Set bit i of *out*, least significant first, for each page i of the tracked memory in the result.
-
-        Clears none. Returns the number of pages in the result.
-
-        Raises:
-            InvalidArgumentError: *out* is read-only, or has less than a bit for each page of the tracked memory.
-        """
-        pages = _kernel.fill_bitmap(self._result, self._base, self._length, out)
-        if pages < 0:
-            self._refuse_bitmap(out)
-        return pages
-
-    def _refuse_bitmap(self, out: Buffer) -> NoReturn:
-        needed = (-(-self._length >> PAGE_SHIFT) + 7) // 8
-        with memoryview(out) as view:
-            if view.readonly or not view.c_contiguous:
-                raise InvalidArgumentError(f"{type(out).__name__} cannot be written as a bitmap").with_hint(
-                    f"give a bytearray({needed})"
-                )
-            raise InvalidArgumentError(f"a bitmap of {view.nbytes} bytes is too short").with_hint(
-                f"this memory needs {needed} bytes, one bit a page"
-            )
-
-    def as_u64(self) -> memoryview:
-        """start, end, categories of each region in turn: read-only, 1-D, format "Q", no copy.
-
-        `np.asarray(result.as_u64()).reshape(-1, 3)` copies nothing either. The view keeps the array alive.
-        """
-        words = self._words
-        if words is None:
-            # The first time; from then on it costs no more than a view of a view, which is the caller's to release.
-            words = self._words = _kernel.words(self._result)
-        return memoryview(words)
-
-
-def answer_for(spare: list[ScanResult], asked: AddressRange, base: int, length: int) -> ScanResult:
-    """One to be filled, which is put into *spare* too: the oldest there, once nobody else has any of it.
-
-    As zip() does with its tuples.
-    """
-    try:
-        answer = spare.pop(0)
-    except IndexError:
-        return _new_answer(spare, asked, base, length)
-    if getrefcount(answer) == _ALONE:
-        answer._words = None  # noqa: SLF001 - made here
-        if getrefcount(answer._result) == _ALONE_INSIDE:  # noqa: SLF001 - made here
-            answer.range = asked
-            spare.append(answer)
-            return answer
-    elif not spare:
-        spare.append(answer)  # whoever asks again and again has the last answer still, and the one before no more
-    return _new_answer(spare, asked, base, length)
-
-
-def _new_answer(spare: list[ScanResult], asked: AddressRange, base: int, length: int) -> ScanResult:
-    answer = ScanResult(_kernel.new_result(), asked, base, length)
-    spare.append(answer)
-    return answer
-
-
-_ALONE = _ALONE_INSIDE = 0
-"""What getrefcount() says in answer_for() of an answer that nobody else has, and of what C filled; 0: nobody knows."""
-
-
-def _calibrate() -> None:
-    """Find out, with that very function.
-
-    It depends on how this Python passes arguments and compiles that; and a debugger may hold more, which is no measure.
-    """
-    global _ALONE, _ALONE_INSIDE  # noqa: PLW0603 - so that to ask costs no more than to look up a name
-    nowhere, old, new = AddressRange(0, 0), 1, 2
-    held = ScanResult(_kernel.new_result(), nowhere, old, 0)
-    inside = _kernel.new_result()
-    for _ALONE, _ALONE_INSIDE in product((1, 2), repeat=2):
-        spares = [held], [ScanResult(inside, nowhere, old, 0)], [ScanResult(_kernel.new_result(), nowhere, old, 0)]
-        found = [answer_for(spare, nowhere, new, 0)._base for spare in spares]  # noqa: SLF001 - made here
-        if found == [new, new, old]:
-            return
-    _ALONE = _ALONE_INSIDE = 0
-
-
-_calibrate()
-
-
-def _restore(words: bytes, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:
-    return ScanResult(_kernel.restore_result(words, walk_end), asked, base, length)
 
 
 @attrs.frozen

@@ -11,7 +11,7 @@ from pagemapcompat import _kernel
 from pagemapcompat.backends import Attached, Backend, PagemapScanBackend, UffdWpBackend
 from pagemapcompat.errors import ClosedError, DisagreementError, KernelError, PagemapCompatError
 from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size
-from pagemapcompat.pagemap import ScanResult
+from pagemapcompat.results import ScanResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

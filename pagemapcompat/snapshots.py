@@ -18,7 +18,7 @@ from pagemapcompat.errors import (
     RestoreError,
 )
 from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size
-from pagemapcompat.pagemap import ScanResult
+from pagemapcompat.results import ScanResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pagemapcompat.backends import Attached, BackendStatistics
-    from pagemapcompat.pagemap import ScanResult
+    from pagemapcompat.results import ScanResult
 
 OnUntracked = Literal["raise", "rearm"]
 

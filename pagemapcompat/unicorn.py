@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from unicorn import Uc
     from unicorn.unicorn import UcContext
 
-    from pagemapcompat.pagemap import ScanResult
+    from pagemapcompat.results import ScanResult
     from pagemapcompat.snapshots import Snapshot
     from pagemapcompat.tracker import DirtyTracker, TrackedRange
 

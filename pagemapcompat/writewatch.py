@@ -25,9 +25,10 @@ from pagemapcompat import _kernel
 from pagemapcompat.abi import Feature, PageCategory
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError, KernelError, PagemapCompatError
 from pagemapcompat.memory import AddressRange, page_size
-from pagemapcompat.pagemap import Pagemap, ScanQuery, ScanResult
+from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import probe
 from pagemapcompat.refusals import mappings
+from pagemapcompat.results import ScanResult
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -11,7 +11,7 @@ import pytest
 from children import Crew, Mirror, in_child, memory_of, resources
 from conftest import PAGE, Flavour, libc, pages_of, part, private, write
 
-from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, _kernel, page_size, pagemap
+from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, _kernel, page_size, results
 
 pytestmark = pytest.mark.kernel
 
@@ -260,7 +260,7 @@ def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> 
     ram = tracker.track(memory)
     sys.setprofile(lambda frame, *_: frame.f_locals and None)
     try:
-        pagemap._calibrate()
+        results._calibrate()
     finally:
         sys.setprofile(None)
     try:
@@ -269,7 +269,7 @@ def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> 
             kept, _ = ram.collect(), [ram.collect() for _ in range(3)]
             assert pages_of(kept) == wrote
     finally:
-        pagemap._calibrate()
+        results._calibrate()
 
 
 def test_what_an_interrupt_took_goes_back_to_its_reader_alone(

@@ -38,6 +38,7 @@ LAYERS = (
     {"errors", "abi"},
     {"_kernel"},
     {"memory"},
+    {"results"},
     {"userfaultfd"},
     {"laboratory", "limits"},
     {"trials_kinds", "trials_pagemap", "trials_uffd"},
