@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -25,6 +26,7 @@ from pagemapcompat import (
 pytestmark = pytest.mark.kernel
 
 MFD_HUGETLB = 4
+MADV_COLLAPSE = 25
 
 
 def hugetlb_refused(flavour: Flavour) -> bool:
@@ -129,6 +131,29 @@ def test_transparent_huge_pages(tracker: DirtyTracker, area: Callable[..., Addre
     libc.madvise(start + HUGE, HUGE, mmap.MADV_DONTNEED)
     assert pages_of(ram.collect()) == set(range(HUGE_PAGES, 2 * HUGE_PAGES))
     assert pages_of(ram.collect()) == set()
+
+
+@pytest.mark.parametrize("neighbour", [False, True])
+def test_a_reset_of_part_of_a_huge_page(
+    tracker: DirtyTracker, area: Callable[..., AddressRange], *, neighbour: bool
+) -> None:
+    """Two ranges may share one, of which one is reset: kernels up to 6.14 must not crash."""
+    room = area(2 * HUGE_PAGES)
+    start, half = -(-room.start // HUGE) * HUGE, HUGE // 2
+    libc.madvise(start, HUGE, mmap.MADV_HUGEPAGE)
+    libc.fill(start, HUGE)
+    lower = tracker.track((start, half)) if neighbour else None
+    upper = tracker.track((start + half, half))
+    for value in (2, 3):
+        libc.fill(start, HUGE, value)  # from here on no page is marked, and nothing keeps it from being one again
+        with contextlib.suppress(OSError):  # Linux before 6.1, or it will not
+            libc.madvise(start, HUGE, MADV_COLLAPSE)
+        upper.reset()
+        assert pages_of(upper.collect()) == set()
+        libc.fill(start + half + 7 * PAGE)
+        assert pages_of(upper.collect()) == {7}
+        if lower:
+            assert pages_of(lower.collect()) == set(range(HUGE_PAGES // 2))
 
 
 def test_memfd_and_shared_anonymous(flavour: Flavour) -> None:
