@@ -61,18 +61,18 @@ class CursorHandle(_Handle):
 
 
 class ImageHandle:
-    """Owns a `struct pmc_image`. Unlike the others it cannot be closed, and is good until the last user has gone."""
+    """Owns a `struct pmc_image`, alone or not. It cannot be closed, and is good until the last user has gone."""
 
     __slots__ = ("c", "out")
 
     def __init__(self) -> None:
-        self.out: Any = ffi.gc(ffi.new("struct pmc_image **"), _destroy_image)
+        self.out: Any = ffi.gc(ffi.new("struct pmc_image **"), _put_image)
         self.c: Any = _NULL
         """What is in `out`, for calls."""
 
 
-def _destroy_image(out: Any) -> None:  # noqa: ANN401 - cffi's
-    lib.pmc_image_destroy(out[0])
+def _put_image(out: Any) -> None:  # noqa: ANN401 - cffi's
+    lib.pmc_image_put(out[0])
 
 
 _NULL: Any = ffi.NULL
@@ -473,6 +473,23 @@ def image_create(pages: int, base: ImageHandle | None = None) -> ImageHandle:
     handle = ImageHandle()
     if lib.pmc_image_create(handle.out, base.c if base else _NULL, pages):
         raise MemoryError
+    handle.c = handle.out[0]
+    return handle
+
+
+def image_next(base: ImageHandle) -> ImageHandle:
+    """An image like *base*, to be changed: the same one, if nobody else owns it."""
+    handle = ImageHandle()
+    if lib.pmc_image_next(handle.out, base.c):
+        raise MemoryError
+    handle.c = handle.out[0]
+    return handle
+
+
+def image_share(image: ImageHandle) -> ImageHandle:
+    """Another owner of the same image."""
+    handle = ImageHandle()
+    lib.pmc_image_share(handle.out, image.c)
     handle.c = handle.out[0]
     return handle
 

@@ -95,7 +95,8 @@ class Snapshot:
         """Free the pages that no other snapshot holds. Those after it stay what they are. Idempotent.
 
         Of those pages 4 MiB are kept for the snapshots to come, until all that descend from the same one are gone.
-        What memory was last made equal to is kept until the next snapshot or restore, or the end of the range.
+        What memory was last made equal to is kept until the end of the range or the next restore, or the next
+        snapshot, which goes on with it.
         """
         self._image = None
         self._parent = self.parent
@@ -214,9 +215,9 @@ class Snapshot:
 class History:
     """Makes the snapshots of one tracked range, and restores them.
 
-    It has a cursor of its own and knows one image that memory was last equal to: memory differs from it in what the
-    cursor has, and from any other image in that and in what differs between the two. Any thread may call; one call at a
-    time.
+    It has a cursor of its own and owns one image that memory was last equal to, beside the snapshot of it: memory
+    differs from it in what the cursor has, and from any other image in that and in what differs between the two. Any
+    thread may call; one call at a time.
     """
 
     def __init__(self, backend: Backend, attached: Attached) -> None:
@@ -235,12 +236,19 @@ class History:
             pages = _kernel.new_result()
             try:
                 self._backend.take(on, pages)
-                image = _kernel.image_create(on.range.length // page_size(), self._image)
-                self._backend.capture(on, image, self._unknown(on, pages))
+                unknown = self._unknown(on, pages)
+                if self._image is None:
+                    image = _kernel.image_create(on.range.length // page_size())
+                else:
+                    # After one that was dropped it is the very image. A failure leaves it changed then, in pages
+                    # that are given back or as they are in memory.
+                    image = _kernel.image_next(self._image)
+                self._backend.capture(on, image, unknown)
                 at = self._at
+                own = _kernel.image_share(image)
                 made = Snapshot(image, on.range, on.length, at.parent if at is not None and at.is_dropped else at)
                 # In this order: an interrupt in between makes pages come once too often, not once too seldom.
-                self._image, self._at = image, made
+                self._image, self._at = own, made
                 self._restored = False
             except BaseException:
                 _kernel.owe(on.cursor.c, pages)
@@ -260,15 +268,16 @@ class History:
                 # Protected again, pages show who writes from now on; who wrote until then is shown by what they hold.
                 touched = stale if _kernel.words(stale) == _kernel.words(pages) else _kernel.unite(stale, pages)
                 self._check(ConcurrentWriteError, on, image, touched)
+                own = _kernel.image_share(image)
                 self._restored = True
-                self._image, self._at = image, snapshot
+                self._image, self._at = own, snapshot
             except BaseException:
                 _kernel.owe(on.cursor.c, pages)
                 raise
             if verify:
                 self._image = None  # nothing is known, unless all is found right
                 self._check(RestoreError, on, image, _everything(on.range))
-                self._image = image
+                self._image = own
             return ScanResult(stale, on.range, on.range.start, on.length)
 
     @contextmanager
@@ -302,7 +311,7 @@ class History:
         if self._image is None:
             return self._backend.differing(on, image, _everything(on.range))
         written = self._backend.written(on)
-        if self._image is image:
+        if self._image.c == image.c:
             return written
         other = _kernel.image_diff(self._image, image, on.range.start)
         if Guarantee.NO_HELPER_THREAD not in on.guarantees:

@@ -639,6 +639,20 @@ def next_snapshot(stage: Stage) -> None:
     stage.check(first, before)
 
 
+def snapshot_after_a_dropped_one(stage: Stage) -> None:
+    """snapshot(), which goes on with what another left: the next restore knows what became of it."""
+    stage.ready()
+    stage.write(*WRITES)
+    first, before = stage.ram.snapshot(), bytes(stage.content)
+    stage.write(1, 5, 22)
+    stage.ram.snapshot().drop()
+    stage.write(4, 5, 22, 23)
+    with stage.fault():
+        stage.check(stage.ram.snapshot())
+    stage.restore(first, before)
+    stage.check(stage.ram.snapshot())
+
+
 def snapshot_of_barred_pages(stage: Stage) -> None:
     """snapshot(), of pages that nobody may read."""
     stage.ready()
@@ -747,6 +761,7 @@ SCENES: tuple[Scene, ...] = (
     a_reader_less,
     first_snapshot,
     next_snapshot,
+    snapshot_after_a_dropped_one,
     snapshot_of_barred_pages,
     restoring,
     restoring_and_verifying,

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,33 @@ def test_a_chain_forgets(tracker: DirtyTracker) -> None:
     assert memory[:] == contents[4]
     write(memory, 7)
     assert ram.snapshot().parent is chain[4]
+
+
+def test_the_next_one_goes_on_with_what_a_dropped_one_left(tracker: DirtyTracker) -> None:
+    """Its pages and nodes, and nobody else's: not those of a snapshot that has them in common, or is being read."""
+    memory = private(PAGES)
+    ram = tracker.track(memory)
+    write(memory, *range(0, PAGES, 2))
+    first, content = ram.snapshot(), memory[:]
+    write(memory, 4, 5)
+    second, later = ram.snapshot(), memory[:]
+    being_read = second.image
+    second.drop()
+    write(memory, 4, 5, 6)
+    third, latest = ram.snapshot(), memory[:]
+    assert _kernel.image_read(being_read, 0, PAGES) == later
+    del being_read
+    third.drop()
+    memory[4 * PAGE : 5 * PAGE] = bytes(PAGE)  # from a page that is held to one that is not
+    written = write(memory, 6, 7)
+    fourth = ram.snapshot()
+    assert (fourth.pages, fourth.parent) == (2, first)
+    assert fourth.read() == memory[:] != latest
+    assert first.read() == content
+    assert pages_of(first.diff(fourth)) == written | {4, 5}
+    write(memory, 8)
+    ram.restore(first, verify=True)
+    assert memory[:] == content
 
 
 def test_a_ring_of_snapshots_keeps_no_more_than_it_holds(tracker: DirtyTracker) -> None:
@@ -523,9 +551,12 @@ def test_interrupts(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> N
     second = ram.snapshot()
     later = memory[:]
     backend = ram._backend
-    for name in ("take", "capture", "write_back", "differing", "written"):
+    for name, dropped in product(("take", "capture", "write_back", "differing", "written"), (False, True)):
         for to, wanted in ((first, content), (second, later)):
             for action in (ram.snapshot, lambda to=to: ram.restore(to)):
+                if dropped:
+                    write(memory, 4, 6)
+                    ram.snapshot().drop()
                 original = getattr(backend, name)
 
                 def interrupted(*arguments: Any, original: Any = original, **options: Any) -> None:
@@ -538,8 +569,9 @@ def test_interrupts(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> N
                     with contextlib.suppress(Interrupt):
                         action()
                 write(memory, 7, 34)
-                third = ram.snapshot()
-                assert third.read() == memory[:]
+                if not dropped:
+                    third = ram.snapshot()
+                    assert third.read() == memory[:]
                 ram.restore(to, verify=True)
                 assert memory[:] == wanted
 

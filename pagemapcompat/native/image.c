@@ -1,4 +1,4 @@
-// Images: what memory held, page by page. Once made an image never changes, and images share whatever they have in common.
+// Images: what memory held, page by page. One that is shared never changes, and images share whatever they have in common.
 //
 // A tree of nodes with 8 slots over the pages. Whoever changes a page copies the nodes above it that others share, so a snapshot of a
 // few written pages costs those pages and a few nodes, a page is found in as many steps as the tree has levels however long the chain of
@@ -46,6 +46,7 @@ struct pool {
 };
 
 struct pmc_image {
+	atomic_uint references;
 	uint64_t pages;
 	uint32_t page_shift;
 	uint32_t levels;
@@ -189,19 +190,35 @@ static struct node *own(const struct pmc_image *image, void **slot, uint32_t lev
 	return node;
 }
 
-// Puts *what* (a frame, taken over; NULL or MISSING) at a page. 0 or -ENOMEM, then it is still the caller's.
-static int put(struct pmc_image *image, uint64_t page, void *what)
+// The slot of a page, in nodes that are this image's alone. NULL: out of memory, and nothing reads otherwise than before.
+static void **own_slot(struct pmc_image *image, uint64_t page)
 {
 	void **slot = &image->root;
 	for (uint32_t level = image->levels; level; level--) {
 		struct node *node = own(image, slot, level);
 		if (!node)
-			return -ENOMEM;
+			return NULL;
 		slot = &node->slots[page >> ((level - 1) * SLOT_BITS) & (SLOTS - 1)];
 	}
-	let_go(image, *slot, 0);
-	*slot = what;
-	image->copied += !is_whole(what);
+	return slot;
+}
+
+// Puts a page's bytes there: into the frame that it has, if that is this image's alone.
+static int put_bytes(struct pmc_image *image, uint64_t page, const unsigned char *bytes)
+{
+	void **slot = own_slot(image, page);
+	if (!slot)
+		return -ENOMEM;
+	struct frame *frame = *slot;
+	if (is_whole(frame) || atomic_load(&frame->shared.references) != 1) {
+		frame = frame_alloc(image);
+		if (!frame)
+			return -ENOMEM;
+		let_go(image, *slot, 0);
+		*slot = frame;
+	}
+	memcpy(frame->bytes, bytes, 1ull << image->page_shift);
+	image->copied++;
 	return 0;
 }
 
@@ -223,6 +240,7 @@ int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint6
 		free(image);
 		return -ENOMEM;
 	}
+	image->references = 1;
 	image->pages = pages;
 	image->page_shift = pmc_page_shift();
 	while (image->levels * SLOT_BITS < 64 && pages > 1ull << (image->levels * SLOT_BITS))
@@ -235,9 +253,24 @@ int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint6
 	return 0;
 }
 
-void pmc_image_destroy(struct pmc_image *image)
+void pmc_image_share(struct pmc_image **ret, struct pmc_image *image)
 {
-	if (!image)
+	atomic_fetch_add(&image->references, 1);
+	*ret = image;
+}
+
+int pmc_image_next(struct pmc_image **ret, struct pmc_image *base)
+{
+	if (atomic_load(&base->references) != 1)
+		return pmc_image_create(ret, base, base->pages);
+	base->copied = 0;
+	pmc_image_share(ret, base);
+	return 0;
+}
+
+void pmc_image_put(struct pmc_image *image)
+{
+	if (!image || atomic_fetch_sub(&image->references, 1) != 1)
 		return;
 	let_go(image, image->root, image->levels);
 	pool_put(image->pool);
@@ -258,10 +291,17 @@ enum pmc_content pmc_image_at(const struct pmc_image *image, uint64_t page, cons
 	return frame ? PMC_HELD : PMC_ZERO;
 }
 
-// Whether a page that is zero or missing is so already. Most of what is not there never was, and needs no nodes.
+// Puts NULL or MISSING at a page. Most of what is not there never was, and needs no nodes.
 static int put_whole(struct pmc_image *image, uint64_t page, void *what)
 {
-	return get(image, page) == what ? 0 : put(image, page, what);
+	if (get(image, page) == what)
+		return 0;
+	void **slot = own_slot(image, page);
+	if (!slot)
+		return -ENOMEM;
+	let_go(image, *slot, 0);
+	*slot = what;
+	return 0;
 }
 
 // Puts *what* at all pages [from, to) below *slot*, whose first page is *first*: whole slots at once.
@@ -302,18 +342,8 @@ int pmc_image_load(struct pmc_image *image, uint64_t first, uint64_t count, cons
 {
 	uint64_t size = 1ull << image->page_shift;
 	for (uint64_t i = 0; i < count; i++, bytes += size) {
-		int rc = 0;
-		if (pmc_is_zero(bytes, image->page_shift)) {
-			rc = put_whole(image, first + i, NULL);
-		} else {
-			struct frame *frame = frame_alloc(image);
-			if (!frame)
-				return -ENOMEM;
-			memcpy(frame->bytes, bytes, size);
-			rc = put(image, first + i, frame);
-			if (rc)
-				let_go(image, frame, 0);
-		}
+		bool zero = pmc_is_zero(bytes, image->page_shift);
+		int rc = zero ? put_whole(image, first + i, NULL) : put_bytes(image, first + i, bytes);
 		if (rc)
 			return rc;
 	}

@@ -173,7 +173,7 @@ int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_
 // Gives back what a scan with PMC_ENGAGE took for *cursor* and reached nobody: the next scan returns it again. Once.
 int pmc_owe(struct pmc_cursor *cursor, const struct pmc_result *result);
 
-// -- Images: what the memory of a range held, page by page. Immutable once made, shared by any threads; pages count from 0 ------
+// -- Images: what the memory of a range held, page by page. Immutable once shared, by any threads; pages count from 0 ---------
 
 struct pmc_image;
 
@@ -182,8 +182,14 @@ struct pmc_image;
 #define PMC_LIST_MISSING 2 // guard pages and holes
 
 // An image of *pages* pages, like *base* (of as many pages) or all zeros. Until somebody else has it, the three functions that follow
-// may change it; on a failure it is only good for being destroyed.
+// may change it; where they fail, the pages that they were asked for may or may not be in it.
 int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint64_t pages);
+// Likewise, like *base*, which is the caller's. Where nobody else has that one it is *base* itself, which changes with it: so nothing
+// has to be copied to be changed, nor to be freed.
+int pmc_image_next(struct pmc_image **ret, struct pmc_image *base);
+// The same image, for another owner. Each calls pmc_image_put().
+void pmc_image_share(struct pmc_image **ret, struct pmc_image *image);
+void pmc_image_put(struct pmc_image *image);
 // Copies the pages of *regions* from memory, and makes missing whatever of the range is not mapped. What is empty is not populated where
 // pagemap can tell. -EIO: the page in result->untracked_* cannot be read.
 int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct page_region *regions, uint64_t count,
@@ -192,8 +198,7 @@ int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct p
 int pmc_image_load(struct pmc_image *image, uint64_t first, uint64_t count, const unsigned char *bytes);
 // Makes [first, first + count) missing.
 int pmc_image_miss(struct pmc_image *image, uint64_t first, uint64_t count);
-void pmc_image_destroy(struct pmc_image *image);
-// How many pages were copied into it, beside those of its base.
+// How many pages were copied into it, beside those of what it was made from.
 uint64_t pmc_image_copied(const struct pmc_image *image);
 // Copies [first, first + count) out; zeros where it holds nothing.
 void pmc_image_read(const struct pmc_image *image, uint64_t first, uint64_t count, unsigned char *ret);

@@ -253,11 +253,12 @@ static void capture(struct drive *drive, struct pmc_cursor *cursor)
 	struct pmc_image *next;
 	struct pmc_result result = { 0 }, errors = { 0 };
 	check("collect", pmc_scan(cursor, drive->start, drive->end, 0, PMC_ENGAGE | PMC_REARM, &result));
-	check("make an image", pmc_image_create(&next, drive->image, drive->base_pages));
+	check("make an image", drive->image ? pmc_image_next(&next, drive->image) :
+						pmc_image_create(&next, NULL, drive->base_pages));
 	check("capture", pmc_capture(drive->range, next, result.regions, result.count, &errors));
 	pmc_result_release(&result);
 	pmc_result_release(&errors);
-	pmc_image_destroy(drive->image);
+	pmc_image_put(drive->image);
 	drive->image = next;
 }
 
@@ -273,7 +274,7 @@ static void *copy_pages(void *arg)
 		capture(drive, cursor);
 		check("diff", pmc_image_diff(before, drive->image, drive->start, &result));
 		pmc_result_release(&result);
-		pmc_image_destroy(before);
+		pmc_image_put(before);
 	}
 	atomic_fetch_sub(&drive->reading, 1);
 	return NULL;
@@ -402,7 +403,7 @@ static void close_tracker(struct drive *drive)
 	for (i = 0; i < READERS; i++)
 		pmc_cursor_destroy(drive->readers[i].cursor);
 	pmc_range_destroy(drive->range);
-	pmc_image_destroy(drive->image);
+	pmc_image_put(drive->image);
 }
 
 int main(int count, char **arguments)
