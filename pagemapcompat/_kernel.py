@@ -66,13 +66,10 @@ class ImageHandle:
     __slots__ = ("c", "out")
 
     def __init__(self) -> None:
-        self.out: Any = ffi.gc(ffi.new("struct pmc_image **"), _put_image)
+        # By a function in C: an interrupt in a destructor in Python is printed and lost, and the rest with it.
+        self.out: Any = ffi.gc(ffi.new("struct pmc_image **"), lib.pmc_image_put)
         self.c: Any = _NULL
         """What is in `out`, for calls."""
-
-
-def _put_image(out: Any) -> None:  # noqa: ANN401 - cffi's
-    lib.pmc_image_put(out[0])
 
 
 _NULL: Any = ffi.NULL
@@ -508,7 +505,7 @@ def image_miss(image: ImageHandle, first: int, count: int) -> None:
 
 
 def image_copied(image: ImageHandle) -> int:
-    """How many pages were copied into it, beside those of its base."""
+    """How many pages were copied into it, beside those of what it was made from."""
     return int(lib.pmc_image_copied(image.c))
 
 

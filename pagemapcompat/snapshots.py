@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import threading
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, SupportsIndex
+from contextlib import suppress
+from typing import TYPE_CHECKING, SupportsIndex, TypeVar
 
 from pagemapcompat import _kernel, snapshot_files
 from pagemapcompat.abi import Guarantee
@@ -21,9 +21,11 @@ from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size
 from pagemapcompat.results import ScanResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from pagemapcompat.backends import Attached, Backend
+
+_T = TypeVar("_T")
 
 
 def _check(snapshot: Snapshot) -> Snapshot:
@@ -45,7 +47,8 @@ class Snapshot:
     Attributes:
         range: Where the memory lay.
 
-        pages: How many pages it copied: those that are held by it and not by its parent.
+        pages: How many pages it copied: those that were written since the last snapshot or restore, even of one that
+            is dropped by now. Of a loaded one, how many it holds.
     """
 
     def __init__(
@@ -232,57 +235,64 @@ class History:
 
     def snapshot(self) -> Snapshot:
         """See `TrackedRange.snapshot`."""
-        with self._turn() as on:
-            pages = _kernel.new_result()
-            try:
-                self._backend.take(on, pages)
-                unknown = self._unknown(on, pages)
-                if self._image is None:
-                    image = _kernel.image_create(on.range.length // page_size())
-                else:
-                    # After one that was dropped it is the very image. A failure leaves it changed then, in pages
-                    # that are given back or as they are in memory.
-                    image = _kernel.image_next(self._image)
-                self._backend.capture(on, image, unknown)
-                at = self._at
-                own = _kernel.image_share(image)
-                made = Snapshot(image, on.range, on.length, at.parent if at is not None and at.is_dropped else at)
-                # In this order: an interrupt in between makes pages come once too often, not once too seldom.
-                self._image, self._at = own, made
-                self._restored = False
-            except BaseException:
-                _kernel.owe(on.cursor.c, pages)
-                raise
-            return made
+        return self._in_turn(self._snapshot)
+
+    def _snapshot(self, on: Attached) -> Snapshot:
+        pages = _kernel.new_result()
+        try:
+            self._backend.take(on, pages)
+            unknown = self._unknown(on, pages)
+            if self._image is None:
+                image = _kernel.image_create(on.range.length // page_size())
+            else:
+                # After one that was dropped it is the very image. A failure leaves it changed then, in pages that are
+                # given back or as they are in memory.
+                image = _kernel.image_next(self._image)
+            self._backend.capture(on, image, unknown)
+            at = self._at
+            own = _kernel.image_share(image)
+            made = Snapshot(image, on.range, on.length, at.parent if at is not None and at.is_dropped else at)
+            # In this order: an interrupt in between makes pages come once too often, not once too seldom.
+            self._image, self._at = own, made
+            self._restored = False
+        except BaseException:
+            _kernel.owe(on.cursor.c, pages)
+            raise
+        return made
 
     def restore(self, snapshot: Snapshot, *, verify: bool) -> ScanResult:
         """See `TrackedRange.restore`."""
         _check(snapshot).check_fits(self._attached.length)
         image = snapshot.image
-        with self._turn() as on:
-            stale = self._stale(on, image)
-            self._backend.write_back(on, image, stale)
-            pages = _kernel.new_result()
-            try:
-                self._backend.take(on, pages)
-                # Protected again, pages show who writes from now on; who wrote until then is shown by what they hold.
-                touched = stale if _kernel.words(stale) == _kernel.words(pages) else _kernel.unite(stale, pages)
-                self._check(ConcurrentWriteError, on, image, touched)
-                own = _kernel.image_share(image)
-                self._restored = True
-                self._image, self._at = own, snapshot
-            except BaseException:
-                _kernel.owe(on.cursor.c, pages)
-                raise
-            if verify:
-                self._image = None  # nothing is known, unless all is found right
-                self._check(RestoreError, on, image, _everything(on.range))
-                self._image = own
-            return ScanResult(stale, on.range, on.range.start, on.length)
+        return self._in_turn(lambda on: self._restore(on, snapshot, image, verify=verify))
 
-    @contextmanager
-    def _turn(self) -> Iterator[Attached]:
-        """Wait for other threads, and yield the cursor."""
+    def _restore(self, on: Attached, snapshot: Snapshot, image: _kernel.ImageHandle, *, verify: bool) -> ScanResult:
+        stale = self._stale(on, image)
+        self._backend.write_back(on, image, stale)
+        pages = _kernel.new_result()
+        try:
+            self._backend.take(on, pages)
+            # Protected again, pages show who writes from now on; who wrote until then is shown by what they hold.
+            touched = stale if _kernel.words(stale) == _kernel.words(pages) else _kernel.unite(stale, pages)
+            self._check(ConcurrentWriteError, on, image, touched)
+            own = _kernel.image_share(image)
+            self._restored = True
+            self._image, self._at = own, snapshot
+        except BaseException:
+            _kernel.owe(on.cursor.c, pages)
+            raise
+        if verify:
+            self._image = None  # nothing is known, unless all is found right
+            self._check(RestoreError, on, image, _everything(on.range))
+            self._image = own
+        return ScanResult(stale, on.range, on.range.start, on.length)
+
+    def _in_turn(self, act: Callable[[Attached], _T]) -> _T:
+        """Wait for other threads, and do it with the cursor.
+
+        No context manager of ours: an interrupt before the block it is for would leave it open for as long as somebody
+        keeps the traceback.
+        """
         self._backend.check()
         me = threading.get_ident()
         if self._owner == me:
@@ -294,7 +304,7 @@ class History:
                 self._owner = me
                 if self._cursor is None:
                     self._cursor = self._backend.attach_cursor(self._attached)
-                yield self._cursor
+                return act(self._cursor)
             finally:
                 self._owner = None
 

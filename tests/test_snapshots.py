@@ -19,6 +19,7 @@ import pytest
 from children import Crew, in_child, memory_of, resources
 from conftest import PAGE, PRIVATE, Flavour, libc, need, need_shared, pages_of, part, private, write
 from filed import by_hand
+from interrupter import Interrupter
 
 from pagemapcompat import (
     AddressRange,
@@ -188,10 +189,13 @@ def test_the_next_one_goes_on_with_what_a_dropped_one_left(tracker: DirtyTracker
     third, latest = ram.snapshot(), memory[:]
     assert _kernel.image_read(being_read, 0, PAGES) == later
     del being_read
+    image = ram._history._image
+    assert image is not None
     third.drop()
     memory[4 * PAGE : 5 * PAGE] = bytes(PAGE)  # from a page that is held to one that is not
     written = write(memory, 6, 7)
     fourth = ram.snapshot()
+    assert fourth.image.c == image.c
     assert (fourth.pages, fourth.parent) == (2, first)
     assert fourth.read() == memory[:] != latest
     assert first.read() == content
@@ -600,6 +604,59 @@ def test_an_interrupt_that_is_kept(tracker: DirtyTracker, monkeypatch: pytest.Mo
         kept.append(caught.value)
         assert ram.snapshot().read() == memory[:]
         ram.restore(first, verify=True)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("name", ["snapshot", "restore"])
+def test_an_interrupt_anywhere(flavour: Flavour, name: str, twice: bool) -> None:
+    """At each point of one call in turn, and kept: the next ones are right, and no other thread waits for ever."""
+
+    def check() -> None:
+        with flavour.tracker() as tracker:
+            memory = private(8)
+            ram = tracker.track(memory)
+            write(memory, 1, 2)
+            first, content = ram.snapshot(), memory[:]
+            kept: list[BaseException] = []
+            step, interrupted = 0, True
+            while interrupted:
+                step += 1
+                if step % 2:
+                    write(memory, 2, 6)
+                    ram.snapshot().drop()
+                write(memory, 2, 5)
+                interrupter, interrupted = Interrupter(getattr(TrackedRange, name), step, twice), False
+                try:
+                    with interrupter:
+                        if name == "snapshot":
+                            ram.snapshot()
+                        else:
+                            ram.restore(first)
+                except KeyboardInterrupt as error:
+                    kept.append(error)
+                    interrupted = True
+                interrupted = interrupted or interrupter.raised > 0
+                write(memory, 3)
+                taken: list[Snapshot] = []
+                other = threading.Thread(target=lambda taken=taken: taken.append(ram.snapshot()))
+                other.start()
+                other.join()
+                assert taken[0].read() == memory[:], step
+                ram.restore(first, verify=True)
+                assert memory[:] == content, step
+            assert step > 10
+
+    in_child(check)
+
+
+def test_no_interrupt_comes_between_an_image_and_its_end() -> None:
+    """It is let go without any Python code, in which one would be lost, and the pages with it."""
+    image = _kernel.image_create(PAGES)
+    events: list[str] = []
+    sys.setprofile(lambda _frame, event, _argument: events.append(event))
+    del image
+    sys.setprofile(None)
+    assert events == ["c_call"]  # of setprofile
 
 
 def test_a_signal_handler_cannot_take_one_meanwhile(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,8 +268,10 @@ int pmc_image_next(struct pmc_image **ret, struct pmc_image *base)
 	return 0;
 }
 
-void pmc_image_put(struct pmc_image *image)
+void pmc_image_put(struct pmc_image **handle)
 {
+	struct pmc_image *image = *handle;
+	*handle = NULL;
 	if (!image || atomic_fetch_sub(&image->references, 1) != 1)
 		return;
 	let_go(image, image->root, image->levels);

@@ -181,15 +181,16 @@ struct pmc_image;
 #define PMC_LIST_HELD 1 // pages that are not all zeros
 #define PMC_LIST_MISSING 2 // guard pages and holes
 
-// An image of *pages* pages, like *base* (of as many pages) or all zeros. Until somebody else has it, the three functions that follow
-// may change it; where they fail, the pages that they were asked for may or may not be in it.
+// An image of *pages* pages, like *base* (of as many pages) or all zeros. Until somebody else has it, pmc_capture(), pmc_image_load() and
+// pmc_image_miss() may change it; where they fail, each page that they were to change is as before or as it was to be.
 int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint64_t pages);
 // Likewise, like *base*, which is the caller's. Where nobody else has that one it is *base* itself, which changes with it: so nothing
 // has to be copied to be changed, nor to be freed.
 int pmc_image_next(struct pmc_image **ret, struct pmc_image *base);
-// The same image, for another owner. Each calls pmc_image_put().
+// The same image, for another owner.
 void pmc_image_share(struct pmc_image **ret, struct pmc_image *image);
-void pmc_image_put(struct pmc_image *image);
+// Lets go of an owner's image, if there is one in *image*, which is NULL then.
+void pmc_image_put(struct pmc_image **image);
 // Copies the pages of *regions* from memory, and makes missing whatever of the range is not mapped. What is empty is not populated where
 // pagemap can tell. -EIO: the page in result->untracked_* cannot be read.
 int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct page_region *regions, uint64_t count,

@@ -258,7 +258,7 @@ static void capture(struct drive *drive, struct pmc_cursor *cursor)
 	check("capture", pmc_capture(drive->range, next, result.regions, result.count, &errors));
 	pmc_result_release(&result);
 	pmc_result_release(&errors);
-	pmc_image_put(drive->image);
+	pmc_image_put(&drive->image);
 	drive->image = next;
 }
 
@@ -270,11 +270,14 @@ static void *copy_pages(void *arg)
 	for (unsigned long i = 0; i < drive->rounds / 4; i++) {
 		struct pmc_image *before, *base = drive->image;
 		struct pmc_result result = { 0 };
-		check("make an image", pmc_image_create(&before, base, drive->base_pages));
+		if (base && i % 2) // then the next one is another
+			pmc_image_share(&before, base);
+		else
+			check("make an image", pmc_image_create(&before, base, drive->base_pages));
 		capture(drive, cursor);
 		check("diff", pmc_image_diff(before, drive->image, drive->start, &result));
 		pmc_result_release(&result);
-		pmc_image_put(before);
+		pmc_image_put(&before);
 	}
 	atomic_fetch_sub(&drive->reading, 1);
 	return NULL;
@@ -403,7 +406,7 @@ static void close_tracker(struct drive *drive)
 	for (i = 0; i < READERS; i++)
 		pmc_cursor_destroy(drive->readers[i].cursor);
 	pmc_range_destroy(drive->range);
-	pmc_image_put(drive->image);
+	pmc_image_put(&drive->image);
 }
 
 int main(int count, char **arguments)
