@@ -1,7 +1,8 @@
 """The backends.
 
-A backend is an engine of the C core with the descriptors it works on. All three operations of the mailing list are here
-under their own names: `get`, `get_and_engage_wp`, `engage_wp`, and `disengage_wp` beside them.
+A backend is an engine of the C core with the descriptors it works on. The operations of the mailing list are here:
+`scan` is GET, and with a flag ENGAGE_WP + GET, as with the ioctl; `engage_wp` is the last alone, and `disengage_wp` its
+opposite.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from errno import EACCES, EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
+from sys import getrefcount
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NoReturn
 
@@ -31,7 +33,7 @@ from pagemapcompat.errors import (
 from pagemapcompat.memory import AddressRange
 from pagemapcompat.pagemap import LOST_FILE
 from pagemapcompat.refusals import raise_einval
-from pagemapcompat.results import ScanResult, answer_for
+from pagemapcompat.results import ScanResult
 from pagemapcompat.userfaultfd import Attempt, Way, open_hint, open_userfaultfd
 
 if TYPE_CHECKING:
@@ -82,6 +84,12 @@ class Attached:
     scratch: list[_kernel.Result] = attrs.field(factory=list, init=False, eq=False, repr=False)
     """For what is no answer, and leaves nobody with it."""
 
+    def new_answer(self, kept: ScanResult | None = None) -> ScanResult:
+        """One to be filled, in the place of one that somebody has."""
+        if kept is not None and not self.spare:  # who asks again and again has the last one still, and then no more
+            self.spare.append(kept)
+        return ScanResult(_kernel.new_result(), self.range, self.start, self.length)
+
 
 _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
     {
@@ -100,6 +108,8 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
 
 _ENGAGE: Final = _kernel.ENGAGE
 _KEEP: Final = _kernel.KEEP
+_ALONE = 0
+"""What getrefcount() says in `Backend.scan` of an answer that nobody else has; 0: nobody knows."""
 
 
 class Backend:
@@ -287,55 +297,49 @@ class Backend:
 
     # -- The operations ---------------------------------------------------------------------------------------
 
-    def get(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
-        """GET: what was written. Changes nothing."""
-        answer = answer_for(on.spare, asked, on.start, on.length)
-        result = answer._result  # noqa: SLF001 - its friend
-        if asked is on.range and not max_pages:
-            rc = _kernel.scan_all(on.cursor.c, 0, result)
-        else:
-            rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, 0, result)
-        if rc < 0:
-            del on.spare[:]
-            self._fail(-rc, _kernel.operation(result), asked)
-        if rc > _KEEP:
-            del on.spare[:]
-        return answer
+    def scan(self, on: Attached, asked: AddressRange, max_pages: int, flags: int) -> ScanResult:
+        """GET: what was written. With `_kernel.ENGAGE` ENGAGE_WP + GET: protected again in the same step.
 
-    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
-        """ENGAGE_WP + GET: what was written, protected again in the same step.
-
-        What was taken is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
+        What that took is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
         changes which, not that.
         """
-        # As much as possible comes before the scan: where that protected a page the kernel has flushed this CPU's TLB,
-        # and whatever comes after it takes several times as long.
-        flags = _ENGAGE | on.rearm
-        answer = answer_for(on.spare, asked, on.start, on.length)
+        # One function, and as much of it as possible before the scan: where that protected a page the kernel has
+        # flushed this CPU's TLB, and each page that is touched from then on, of code too, takes long the first time.
+        spare = on.spare
+        try:
+            answer = spare.pop(0)
+        except IndexError:
+            answer = on.new_answer()
+        if getrefcount(answer) != _ALONE or (answer._words is not None and answer._is_viewed()):  # noqa: SLF001 - its friend
+            answer = on.new_answer(answer)
+        answer.range = asked
+        spare.append(answer)
         result = answer._result  # noqa: SLF001 - its friend
         try:
-            if asked is on.range and not max_pages:
-                rc = _kernel.scan_all(on.cursor.c, flags, result)
-            else:
-                rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, flags, result)
+            rc = (
+                _kernel.scan_all(on.cursor.c, flags, result)
+                if asked is on.range and not max_pages
+                else _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, flags, result)
+            )
             if rc < 0:
-                self._fail(-rc, _kernel.operation(result), asked, result)
+                self._fail(-rc, _kernel.operation(result), asked, result if flags else None)
         except PagemapCompatError as error:
-            if error.collected is None:
+            if flags and error.collected is None:
                 error.collected = answer
-            else:  # that of a signal handler, which collected too
+            elif flags:  # that of a signal handler, which collected too
                 _kernel.owe(on.cursor.c, result)
-            del on.spare[:]
+            del spare[:]
             raise
         except BaseException:
-            _kernel.owe(on.cursor.c, result)
-            del on.spare[:]
+            if flags:
+                _kernel.owe(on.cursor.c, result)
+            del spare[:]
             raise
         # CPython looks for signals when a function begins, when one in C has returned, and in loops: not from here to
         # the caller, nor from an interrupt to the call that gives the pages back. So it does not matter who keeps the
         # interrupt, its traceback and this frame.
         if rc > _KEEP:
-            del on.spare[:]
+            del spare[:]
         return answer
 
     def take(self, on: Attached, pages: _kernel.Result) -> None:
@@ -491,6 +495,40 @@ _START_ANEW = "take all memory as written, close this tracker and make a new one
 _LOST_FILE_HINT = (
     f"somebody closed or replaced this library's descriptor; {_START_ANEW}, and close only descriptors that you opened"
 )
+
+
+def _calibrate() -> None:
+    """Find out what `_ALONE` is, with the very function that asks.
+
+    It depends on how this Python passes arguments and compiles that; and a debugger may hold more, which is no measure.
+    """
+    global _ALONE  # noqa: PLW0603 - so that to ask costs no more than to look up a name
+    nobody, nowhere, old, new = Backend.__new__(Backend), AddressRange(0, 0), 1, 2
+    closed = Attached(
+        handle=_kernel.RangeHandle("struct pmc_range **"),
+        cursor=_kernel.CursorHandle("struct pmc_cursor **"),
+        range=nowhere,
+        start=new,
+        length=0,
+        granularity=0,
+        guarantees=Guarantee(0),
+        rearm=0,
+    )
+    held = ScanResult(_kernel.new_result(), nowhere, old, 0)
+    for _ALONE in (1, 2):
+        found = []
+        for spare in (held, None):
+            closed.spare.append(ScanResult(_kernel.new_result(), nowhere, old, 0) if spare is None else spare)
+            try:
+                nobody.scan(closed, nowhere, 0, _ENGAGE)
+            except ClosedError as error:
+                found.append(error.collected._base if error.collected is not None else 0)  # noqa: SLF001 - made here
+        if found == [new, old]:
+            return
+    _ALONE = 0
+
+
+_calibrate()
 
 
 class PagemapScanBackend(Backend):

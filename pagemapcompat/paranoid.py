@@ -117,14 +117,18 @@ class ParanoidBackend(Backend):
 
     # -- The operations -----------------------------------------------------------------------------------------
 
-    def get(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
-        """GET, compared."""
+    def scan(self, on: Attached, asked: AddressRange, max_pages: int, flags: int) -> ScanResult:
+        """GET or ENGAGE_WP + GET, compared."""
+        scan = self._get_and_engage_wp if flags & _kernel.ENGAGE else self._get
+        return scan(on, asked, max_pages, flags)
+
+    def _get(self, on: Attached, asked: AddressRange, max_pages: int, flags: int) -> ScanResult:
         shadow = self._shadow(on)
         with shadow.lock:
             turn = _Turn(on, shadow)
             try:
                 differing = self._differing(turn, asked)
-                answer = super().get(on, asked, max_pages)
+                answer = super().scan(on, asked, max_pages, flags)
                 differing = _without(differing, [(answer.walk_end, asked.end, 0)])
                 self._judge(turn, _without(differing, _kernel.triples(answer._result)))  # noqa: SLF001 - its friend
             finally:
@@ -144,15 +148,15 @@ class ParanoidBackend(Backend):
                 turn.end()
         return result
 
-    def get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int) -> ScanResult:
-        """ENGAGE_WP + GET, compared. What an error had taken is compared too."""
+    def _get_and_engage_wp(self, on: Attached, asked: AddressRange, max_pages: int, flags: int) -> ScanResult:
+        """What an error had taken is compared too."""
         shadow = self._shadow(on)
         answer: ScanResult | None = None
         try:
             with shadow.lock:
                 turn = _Turn(on, shadow)
                 try:
-                    answer = super().get_and_engage_wp(on, asked, max_pages)
+                    answer = super().scan(on, asked, max_pages, flags)
                 except KernelError as error:
                     answer = error.collected
                     if answer is not None:

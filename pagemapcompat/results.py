@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, product
+from itertools import chain
 from struct import iter_unpack
 from sys import getrefcount
 from typing import TYPE_CHECKING, NoReturn, overload
@@ -179,55 +179,23 @@ class ScanResult(Sequence[PageRegion]):
             words = self._words = _kernel.words(self._result)
         return memoryview(words)
 
+    def _is_viewed(self) -> bool:
+        """Whether anybody has a view of it. Only to be asked by who has nothing else of it than this object."""
+        self._words = None  # which is one too
+        viewed = self._references() != _UNVIEWED
+        if viewed:
+            self._words = _SOME
+        return viewed
 
-def answer_for(spare: list[ScanResult], asked: AddressRange, base: int, length: int) -> ScanResult:
-    """One to be filled, which is put into *spare* too: the oldest there, once nobody else has any of it.
-
-    As zip() does with its tuples.
-    """
-    try:
-        answer = spare.pop(0)
-    except IndexError:
-        return _new_answer(spare, asked, base, length)
-    if getrefcount(answer) == _ALONE:
-        answer._words = None  # noqa: SLF001 - made here
-        if getrefcount(answer._result) == _ALONE_INSIDE:  # noqa: SLF001 - made here
-            answer.range = asked
-            spare.append(answer)
-            return answer
-    elif not spare:
-        spare.append(answer)  # whoever asks again and again has the last answer still, and the one before no more
-    return _new_answer(spare, asked, base, length)
+    def _references(self) -> int:
+        """To what C filled, as this Python counts them."""
+        return getrefcount(self._result)
 
 
-def _new_answer(spare: list[ScanResult], asked: AddressRange, base: int, length: int) -> ScanResult:
-    answer = ScanResult(_kernel.new_result(), asked, base, length)
-    spare.append(answer)
-    return answer
-
-
-_ALONE = _ALONE_INSIDE = 0
-"""What getrefcount() says in answer_for() of an answer that nobody else has, and of what C filled; 0: nobody knows."""
-
-
-def _calibrate() -> None:
-    """Find out, with that very function.
-
-    It depends on how this Python passes arguments and compiles that; and a debugger may hold more, which is no measure.
-    """
-    global _ALONE, _ALONE_INSIDE  # noqa: PLW0603 - so that to ask costs no more than to look up a name
-    nowhere, old, new = AddressRange(0, 0), 1, 2
-    held = ScanResult(_kernel.new_result(), nowhere, old, 0)
-    inside = _kernel.new_result()
-    for _ALONE, _ALONE_INSIDE in product((1, 2), repeat=2):
-        spares = [held], [ScanResult(inside, nowhere, old, 0)], [ScanResult(_kernel.new_result(), nowhere, old, 0)]
-        found = [answer_for(spare, nowhere, new, 0)._base for spare in spares]  # noqa: SLF001 - made here
-        if found == [new, new, old]:
-            return
-    _ALONE = _ALONE_INSIDE = 0
-
-
-_calibrate()
+_SOME = memoryview(b"").cast("Q")
+"""Stands for views that somebody else has."""
+_UNVIEWED = ScanResult(_kernel.new_result(), AddressRange(0, 0), 0, 0)._references()  # noqa: SLF001 - made here
+"""How many there are of one of which nobody has a view."""
 
 
 def _restore(words: bytes, walk_end: int, asked: AddressRange, base: int, length: int) -> ScanResult:
