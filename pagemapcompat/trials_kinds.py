@@ -55,11 +55,15 @@ def huge_page_size() -> int:
 
 @contextmanager
 def _private_file() -> Iterator[int]:
-    # Any file will do, for nothing is written to it: this one.
-    fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+    # Any file will do, for nothing is written to it: this one, unless it came out of reach after the import, because
+    # privileges were given up or the root was changed.
+    try:
+        fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+    except (PermissionError, FileNotFoundError):
+        fd = _scratch_file()
     try:
         _check_on_disk(fd)
-        with mapping(page_size(), mmap.MAP_PRIVATE, fd) as (at, _):
+        with mapping(1, mmap.MAP_PRIVATE, fd) as (at, _):  # which is a page, also where a page is more than the file
             yield at
     finally:
         os.close(fd)
@@ -69,8 +73,6 @@ def _private_file() -> Iterator[int]:
 def _shared_file() -> Iterator[int]:
     fd = _scratch_file()
     try:
-        _check_file_size()
-        os.ftruncate(fd, page_size())
         with mapping(page_size(), mmap.MAP_SHARED, fd) as (at, _):
             yield at
     finally:
@@ -82,12 +84,14 @@ class _NowhereError(OSError):
 
 
 def _scratch_file() -> int:
-    """A file on a disk that no folder lists."""
+    """A file on a disk that no folder lists, of a page."""
+    _check_file_size()
     for folder in ("/var/tmp", os.environ.get("TMPDIR", "/tmp")):  # noqa: S108 - no name is ever in it
         with suppress(OSError):
             fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
             try:
                 _check_on_disk(fd)
+                os.ftruncate(fd, page_size())
             except OSError:
                 os.close(fd)
                 raise

@@ -7,6 +7,7 @@ import os
 import platform
 import threading
 from errno import EACCES, EFAULT, ENOSYS, EPERM
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -537,6 +538,28 @@ assert after["pagemap-pfn"] == ("denied", errno.EPERM), after["pagemap-pfn"]
 check()
 print("done")
 """
+    )
+    assert printed.strip() == "done"
+
+
+def test_who_can_no_longer_read_the_package_gets_the_same_answer(tmp_path: Path) -> None:
+    """Private file mappings are tried with a file of the package, or where it is gone or out of reach with another."""
+    printed = run_child(
+        NOBODY
+        + """
+from pagemapcompat import trials_kinds
+trials_kinds.__file__ = sys.argv[1]
+gone = states()
+assert gone["uffd-wp-private-file"] == gone["uffd-wp-shared-file"], gone
+os.chmod(os.path.dirname(sys.argv[1]), 0)
+nobody()
+dumpable(True)
+denied = states()
+assert denied["uffd-wp-private-file"] == denied["uffd-wp-shared-file"], denied
+check()
+print("done")
+""",
+        str(tmp_path / "nothing"),
     )
     assert printed.strip() == "done"
 

@@ -179,11 +179,11 @@ def test_a_lost_write_is_found(
 ) -> None:
     """And the message says which, and by which seed."""
     mix = reduced(flavour, Mix(writers=("store", "add", "held")))
+    # What had begun when its page was reported counts as reported. If it is stored then, and lost, it is not there.
+    how = r"written and not reported to reader 0: |reported to reader 0 and not there: \d+ instead of "
 
     def go() -> None:
-        with pytest.raises(
-            Finding, match=r"seed 7, .* numbers were written and not reported to reader 0: \d+ of \w+ in page \d+"
-        ):
+        with pytest.raises(Finding, match=rf"seed 7, .* numbers were ({how})\d+ of \w+ in page \d+"):
             Storm(flavour, mix, 7).run(100_000)
 
     library()
