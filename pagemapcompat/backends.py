@@ -517,8 +517,8 @@ def _calibrate() -> None:
     held = ScanResult(_kernel.new_result(), nowhere, old, 0)
     for _ALONE in (1, 2):
         found = []
-        for spare in (held, None):
-            closed.spare.append(ScanResult(_kernel.new_result(), nowhere, old, 0) if spare is None else spare)
+        for kept in (held, None):
+            closed.spare.append(ScanResult(_kernel.new_result(), nowhere, old, 0) if kept is None else kept)
             try:
                 nobody.scan(closed, nowhere, 0, _ENGAGE)
             except ClosedError as error:

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from children import Crew, Mirror, in_child, memory_of, resources
-from conftest import PAGE, Flavour, libc, pages_of, part, private, write
+from conftest import PAGE, Flavour, libc, pages_of, part, private, run_child, write
 
 from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, _kernel, backends, page_size
 
@@ -276,6 +276,40 @@ def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> 
             assert pages_of(kept) == wrote
     finally:
         backends._calibrate()
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_profiler_that_keeps_a_frame_makes_nothing_be_filled_too_early(number: int) -> None:
+    """One, of those that this package makes while it is imported, and with it what is counted then."""
+    printed = run_child(
+        """
+        import mmap, sys
+        frames = []
+
+        def hook(frame, event, _argument):
+            if event == "call" and frame.f_code.co_qualname == "ScanResult.__init__":
+                frames.append(frame if len(frames) == int(sys.argv[1]) else None)
+
+        sys.setprofile(hook)
+        from pagemapcompat import DirtyTracker
+        sys.setprofile(None)
+        assert len(frames) > int(sys.argv[1]), len(frames)
+        memory = mmap.mmap(-1, 8 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with DirtyTracker() as tracker:
+            ram = tracker.track(memory)
+            for page in range(1, 8):
+                memory[page * mmap.PAGESIZE] = 1
+                view = ram.collect().as_u64()
+                content, answers = view.tolist(), []
+                for _ in range(4):
+                    memory[0] = 1
+                    answers += [ram.peek(), ram.collect()]
+                assert view.tolist() == content
+        print("done")
+        """,
+        str(number),
+    )
+    assert printed.strip() == "done"
 
 
 def test_what_an_interrupt_took_goes_back_to_its_reader_alone(

@@ -263,11 +263,11 @@ def test_a_caller_whose_own_memory_is_tracked(uffd_wp: Flavour, where: Callable[
                 return  # the kernel keeps notes of its own on such pages
             ram = tracker.track(memory)
             wrote = write(memory, 5)
-            taken = ram.collect()._result
+            taken = ram.collect()
             other = tracker.track(one.submit(where).result())
             wrote |= write(memory, 3)
             one.submit(refused, [ram.peek, ram.collect, ram.reset, ram.rearm, tracker.statistics]).result()
-            assert one.submit(_kernel.owe, ram._attached.cursor.c, taken).result() == 0
+            assert one.submit(_kernel.owe, ram._attached.cursor.c, taken._result).result() == 0
             other.close()
             assert pages_of(one.submit(ram.collect).result()) == wrote
 
