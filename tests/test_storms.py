@@ -9,7 +9,7 @@ import attrs
 import figures
 import pytest
 from children import in_child
-from conftest import PAGE, Flavour, flavours, lacking
+from conftest import CHILD_SECONDS, PAGE, Flavour, flavours, lacking
 from storms import (
     BY_KERNEL,
     MEMORIES,
@@ -190,7 +190,7 @@ def test_a_lost_write_is_found(
     forgets.calls = 0
     monkeypatch.setattr(Cursor, "taken", Cursor.collect, raising=False)
     monkeypatch.setattr(Cursor, "collect", collect)
-    in_child(go)
+    in_child(go, seconds=6 * CHILD_SECONDS)  # between two quick calls there is hardly ever time for a write
 
 
 def test_a_lost_content_is_found(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
