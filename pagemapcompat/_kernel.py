@@ -465,10 +465,10 @@ LIST_HELD: int = lib.PMC_LIST_HELD
 LIST_MISSING: int = lib.PMC_LIST_MISSING
 
 
-def image_create(pages: int, base: ImageHandle | None = None) -> ImageHandle:
-    """An image of so many pages, like *base* or all zeros."""
+def image_create(pages: int) -> ImageHandle:
+    """An image of so many pages, all zeros."""
     handle = ImageHandle()
-    if lib.pmc_image_create(handle.out, base.c if base else _NULL, pages):
+    if lib.pmc_image_create(handle.out, _NULL, pages):
         raise MemoryError
     handle.c = handle.out[0]
     return handle

@@ -79,10 +79,16 @@ class Attached:
     guarantees: Guarantee
     rearm: int
     """`_kernel.REARM`: what has lost its registration gets it back; or 0: it is an error."""
+    engage: int = attrs.field(init=False)
+    """What makes a scan a collect: `_kernel.ENGAGE`, and that."""
     spare: list[ScanResult] = attrs.field(factory=list, init=False, eq=False, repr=False)
     """Earlier answers, to be used again once their owners let them go."""
     scratch: list[_kernel.Result] = attrs.field(factory=list, init=False, eq=False, repr=False)
     """For what is no answer, and leaves nobody with it."""
+
+    @engage.default
+    def _default_engage(self) -> int:
+        return _kernel.ENGAGE | self.rearm
 
     def new_answer(self, kept: ScanResult | None = None) -> ScanResult:
         """One to be filled, in the place of one that somebody has."""
@@ -106,7 +112,6 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
 )
 
 
-_ENGAGE: Final = _kernel.ENGAGE
 _KEEP: Final = _kernel.KEEP
 _ALONE = 0
 """What getrefcount() says in `Backend.scan` of an answer that nobody else has; 0: nobody knows."""
@@ -298,7 +303,7 @@ class Backend:
     # -- The operations ---------------------------------------------------------------------------------------
 
     def scan(self, on: Attached, asked: AddressRange, max_pages: int, flags: int) -> ScanResult:
-        """GET: what was written. With `_kernel.ENGAGE` ENGAGE_WP + GET: protected again in the same step.
+        """GET: what was written. With `on.engage` as *flags* ENGAGE_WP + GET: protected again in the same step.
 
         What that took is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
         changes which, not that.
@@ -344,7 +349,7 @@ class Backend:
 
     def take(self, on: Attached, pages: _kernel.Result) -> None:
         """ENGAGE_WP + GET of all of it, into *pages*, which the caller delivers or gives back, on errors too."""
-        rc = _kernel.scan_all(on.cursor.c, _ENGAGE | on.rearm, pages)
+        rc = _kernel.scan_all(on.cursor.c, on.engage, pages)
         if rc < 0 or pages.walk_end < on.range.end:
             self._fail(-rc if rc < 0 else ENOMEM, _kernel.operation(pages), on.range, pages)
 
@@ -520,7 +525,7 @@ def _calibrate() -> None:
         for kept in (held, None):
             closed.spare.append(ScanResult(_kernel.new_result(), nowhere, old, 0) if kept is None else kept)
             try:
-                nobody.scan(closed, nowhere, 0, _ENGAGE)
+                nobody.scan(closed, nowhere, 0, closed.engage)
             except ClosedError as error:
                 found.append(error.collected._base if error.collected is not None else 0)  # noqa: SLF001 - made here
         if found == [new, old]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Self, SupportsIndex
 
-from pagemapcompat._kernel import ENGAGE
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError
 from pagemapcompat.memory import AddressRange
 from pagemapcompat.pagemap import check_max_pages
@@ -110,7 +109,7 @@ class Cursor:
         asked = self.range if stop is None and start is _START else self._asked(start, stop)
         limit = 0 if max_pages is None else check_max_pages(max_pages)
         on = self._attached
-        return self._backend.scan(on, asked, limit, ENGAGE | on.rearm)
+        return self._backend.scan(on, asked, limit, on.engage)
 
     def reset(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
         """Start watching anew, whatever was written until now. What is owed is forgotten too.

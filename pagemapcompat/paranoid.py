@@ -119,7 +119,7 @@ class ParanoidBackend(Backend):
 
     def scan(self, on: Attached, asked: AddressRange, max_pages: int, flags: int) -> ScanResult:
         """GET or ENGAGE_WP + GET, compared."""
-        scan = self._get_and_engage_wp if flags & _kernel.ENGAGE else self._get
+        scan = self._get_and_engage_wp if flags else self._get
         return scan(on, asked, max_pages, flags)
 
     def _get(self, on: Attached, asked: AddressRange, max_pages: int, flags: int) -> ScanResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import resource
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from errno import EFBIG, EINVAL, ENOENT
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,43 +55,48 @@ def huge_page_size() -> int:
 
 @contextmanager
 def _private_file() -> Iterator[int]:
-    # Any file will do, for nothing is written to it: this one, unless it came out of reach after the import, because
-    # privileges were given up or the root was changed.
-    try:
-        fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
-    except (PermissionError, FileNotFoundError):
-        fd = _scratch_file()
-    try:
-        _check_on_disk(fd)
-        with mapping(1, mmap.MAP_PRIVATE, fd) as (at, _):  # which is a page, also where a page is more than the file
-            yield at
-    finally:
-        os.close(fd)
+    # Any file on a disk will do, for nothing is written to it: this one, unless it lies elsewhere, or came out of reach
+    # after the import, because privileges were given up or the root was changed.
+    with ExitStack() as stack:
+        try:
+            fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            _check_on_disk(fd)
+        except (PermissionError, FileNotFoundError, _NowhereError):
+            fd = stack.enter_context(_scratch_file())
+        # That is a page, also where a page is more than the file.
+        at, _ = stack.enter_context(mapping(1, mmap.MAP_PRIVATE, fd))
+        yield at
 
 
 @contextmanager
 def _shared_file() -> Iterator[int]:
-    fd = _scratch_file()
-    try:
-        with mapping(page_size(), mmap.MAP_SHARED, fd) as (at, _):
-            yield at
-    finally:
-        os.close(fd)
+    with _scratch_file() as fd, mapping(page_size(), mmap.MAP_SHARED, fd) as (at, _):
+        yield at
 
 
 class _NowhereError(OSError):
     """There is no place to try in."""
 
 
-def _scratch_file() -> int:
-    """A file on a disk that no folder lists, of a page."""
-    _check_file_size()
+@contextmanager
+def _scratch_file() -> Iterator[int]:
+    """A page of a file on a disk that no folder lists."""
+    fd = _unlisted_file()
+    try:
+        _check_file_size()
+        os.ftruncate(fd, page_size())
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _unlisted_file() -> int:
     for folder in ("/var/tmp", os.environ.get("TMPDIR", "/tmp")):  # noqa: S108 - no name is ever in it
         with suppress(OSError):
             fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
             try:
                 _check_on_disk(fd)
-                os.ftruncate(fd, page_size())
             except OSError:
                 os.close(fd)
                 raise

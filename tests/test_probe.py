@@ -542,24 +542,35 @@ print("done")
     assert printed.strip() == "done"
 
 
-def test_who_can_no_longer_read_the_package_gets_the_same_answer(tmp_path: Path) -> None:
-    """Private file mappings are tried with a file of the package, or where it is gone or out of reach with another."""
+def test_private_files_are_tried_wherever_the_package_lies(tmp_path: Path) -> None:
+    """With a file of it, of any size; where that is in memory, gone, or out of reach by now, with another."""
+    small = tmp_path / "small"
+    small.write_bytes(b"1")
     printed = run_child(
         NOBODY
         + """
+import tempfile
 from pagemapcompat import trials_kinds
-trials_kinds.__file__ = sys.argv[1]
-gone = states()
-assert gone["uffd-wp-private-file"] == gone["uffd-wp-shared-file"], gone
+
+def answered(path):
+    trials_kinds.__file__ = path
+    found = states()
+    assert found["uffd-wp-private-file"] == found["uffd-wp-shared-file"], (path, found)
+
+answered(sys.argv[1])
+answered(sys.argv[1] + "-and-gone")
+if os.access("/dev/shm", os.W_OK):
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", buffering=0) as file:
+        file.write(bytes(1 << 16))
+        answered(file.name)
 os.chmod(os.path.dirname(sys.argv[1]), 0)
 nobody()
 dumpable(True)
-denied = states()
-assert denied["uffd-wp-private-file"] == denied["uffd-wp-shared-file"], denied
+answered(sys.argv[1])
 check()
 print("done")
 """,
-        str(tmp_path / "nothing"),
+        str(small),
     )
     assert printed.strip() == "done"
 
