@@ -260,6 +260,34 @@ def test_an_answer_that_nobody_has_is_filled_again(tracker: DirtyTracker, monkey
     assert made <= 5
 
 
+def test_a_view_outlives_any_number_of_answers(tracker: DirtyTracker) -> None:
+    """Of an answer that nobody else has, while others are made that nobody keeps."""
+    memory = private(8)
+    ram = tracker.track(memory)
+    write(memory, 1)
+    view = ram.collect().as_u64()
+    content = view.tolist()
+    for page in range(2, 8):
+        write(memory, page)
+        assert pages_of(ram.peek()) == pages_of(ram.collect()) == {page}
+        assert view.tolist() == content
+
+
+@pytest.mark.parametrize("name", ["peek", "collect"])
+def test_a_large_answer_is_not_kept(tracker: DirtyTracker, name: str) -> None:
+    """Its memory is free again once its owner has let it go; that of a small one serves the next call."""
+    memory = private(2 * _kernel.KEEP + 2)
+    ram = tracker.track(memory)
+    write(memory, *range(0, len(memory) // PAGE, 2))
+    answer = getattr(ram, name)()
+    assert len(answer) == _kernel.KEEP + 1
+    assert not ram._attached.spare
+    ram.reset()
+    write(memory, 3)
+    answer = getattr(ram, name)()
+    assert ram._attached.spare == [answer]
+
+
 def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> None:
     """One that looks at local variables holds what is in them (before Python 3.13): also while it is found out how."""
     memory = private(8)
