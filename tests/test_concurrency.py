@@ -5,16 +5,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from contextlib import suppress
 
 import pytest
 from children import Crew, Mirror, hold_fault_thread_back, in_child, memory_of
 from conftest import PAGE, PRIVATE, SANITIZED, Flavour, claims, flavours, libc, pages_of, private, write
-from interrupter import Interrupter
+from interrupter import Interrupted, Interrupter, SignalStorm
 
 from pagemapcompat import ClosedError, Guarantee, NotTrackedError, TrackedRange, _kernel
 
@@ -487,23 +486,6 @@ def test_memory_that_comes_and_goes_is_armed_when_it_is_there(flavour: Flavour, 
 # ---- Interrupts ----------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """What the signal handler raises."""
-
-
-def raise_inside(call: Callable[..., object]) -> Callable[[int, FrameType | None], None]:
-    """A handler that raises wherever *call* is running, handlers of exceptions and all, and nowhere else."""
-    code = call.__code__  # type: ignore[attr-defined]
-
-    def handler(_number: int, frame: FrameType | None) -> None:
-        while frame is not None:
-            if frame.f_code is code:
-                raise Interrupted
-            frame = frame.f_back
-
-    return handler
-
-
 @pytest.mark.parametrize("limit", [None, 50])
 def test_interrupts_lose_no_page(flavour: Flavour, limit: int | None) -> None:
     """A storm of signals whose handler raises inside of collect: what an interrupted one took comes with the next."""
@@ -511,39 +493,22 @@ def test_interrupts_lose_no_page(flavour: Flavour, limit: int | None) -> None:
     def check() -> None:
         sys.setswitchinterval(1e-5)
         memory = private(PAGES)
-        interrupted = finished = 0
         with flavour.tracker() as tracker:
             ram = tracker.track(memory)
             mirror = Mirror(ram, memory)
-            writers, others = Crew(), Crew()
-            signal.signal(signal.SIGUSR1, raise_inside(TrackedRange.collect))
-            main = threading.get_ident()
-            stop = threading.Event()
-
-            def fire() -> None:
-                while not stop.is_set():
-                    signal.pthread_kill(main, signal.SIGUSR1)
+            writers = Crew()
 
             def work() -> None:
                 for _ in range(3):
                     released_writer(ram.range.start, 2)
 
             writers.add(work)
-            others.add(fire)
-            while writers.working or interrupted < 20:
-                try:
-                    result = ram.collect(max_pages=limit)
-                except Interrupted:
-                    interrupted += 1
-                    continue
-                finished += 1
-                mirror.merge(result)
-            stop.set()
-            others.join()
+            with SignalStorm(TrackedRange.collect) as storm:
+                while writers.working or storm.interrupts < 20:
+                    with suppress(Interrupted):
+                        mirror.merge(ram.collect(max_pages=limit))
             writers.join()
-            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
             mirror.finish()
-        assert interrupted
 
     in_child(check)
 
@@ -602,39 +567,27 @@ def test_interrupts_of_untracked_collects_lose_no_page(flavour: Flavour, area) -
         with flavour.tracker() as tracker:
             ram = tracker.track(memory)
             libc.mmap(PAGE, address=memory.start + 40 * PAGE)
-            signal.signal(signal.SIGUSR1, raise_inside(TrackedRange.collect))
-            main, stop, crew = threading.get_ident(), threading.Event(), Crew()
-            patience = 0
-
-            def fire() -> None:
-                while not stop.is_set():
-                    if patience:
-                        signal.pthread_kill(main, signal.SIGUSR1)
-
-            crew.add(fire)
-            interrupted, lost = 0, []
-            for number in range(300):
-                page = number % 40
-                libc.fill(memory.start + page * PAGE)
-                got: set[int] = set()
-                patience = 20  # for a thread that fires faster than calls return would let none of them through
-                while True:
-                    try:
-                        ram.collect()
-                    except Interrupted:
-                        interrupted += 1
-                        patience = max(patience - 1, 0)
-                        continue
-                    except NotTrackedError as error:
-                        assert error.collected is not None
-                        got = set(error.collected.page_indices())
-                        break
-                if got != {page}:
-                    lost.append(number)
-            stop.set()
-            crew.join()
-            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-            assert lost == [], f"{len(lost)} of 300 lost or invented, with {interrupted} interrupts"
+            lost = []
+            with SignalStorm(TrackedRange.collect) as storm:
+                for number in range(300):
+                    page = number % 40
+                    storm.paused = True
+                    libc.fill(memory.start + page * PAGE)
+                    got: set[int] = set()
+                    patience = storm.interrupts + 20  # or some calls would never get through
+                    while True:
+                        storm.paused = storm.interrupts >= patience
+                        try:
+                            ram.collect()
+                        except Interrupted:
+                            continue
+                        except NotTrackedError as error:
+                            assert error.collected is not None
+                            got = set(error.collected.page_indices())
+                            break
+                    if got != {page}:
+                        lost.append(number)
+            assert lost == [], f"{len(lost)} of 300 lost or invented, with {storm.interrupts} interrupts"
 
     in_child(check)
 

@@ -214,7 +214,7 @@ def test_a_zstd_frame_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 def test_a_file_holds_what_is_shared_with_others(tmp_path: Path, compression: Compression) -> None:
     """It needs no parent, and the parent may be gone."""
     base = made(20, range(10), [(15, 2)])
-    image = _kernel.image_create(20, base.image)
+    image = _kernel.image_next(base.image)
     _kernel.image_load(image, 4, page(99))
     child = Snapshot(image, base.range, len(base), base)
     assert child.pages == 1

@@ -7,10 +7,10 @@ import itertools
 import mmap
 import os
 import random
-import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -30,7 +30,7 @@ from conftest import (
     use_flavour,
     write,
 )
-from test_concurrency import Interrupted, Interrupter, raise_inside
+from interrupter import Interrupted, Interrupter, SignalStorm
 from test_kinds import hugetlb_refused
 
 from pagemapcompat import (
@@ -980,8 +980,6 @@ def test_signals_lose_nothing(flavour: Flavour) -> None:
         with flavour.tracker() as tracker:
             watch = watched(tracker, memory)
             writers, others, stop = Crew(), Crew(), threading.Event()
-            signal.signal(signal.SIGUSR1, raise_inside(WriteWatch.get))
-            main = threading.get_ident()
 
             def merge(addresses: WrittenAddresses) -> None:
                 with lock:
@@ -998,26 +996,16 @@ def test_signals_lose_nothing(flavour: Flavour) -> None:
                 while not stop.is_set():
                     merge(watch.get(count=3, reset=True))
 
-            def fire() -> None:
-                while not stop.is_set():
-                    signal.pthread_kill(main, signal.SIGUSR1)
-
             for first in range(2):
                 writers.add(writer, first)
-            for function in (caller, fire):
-                others.add(function)
-            interrupted = 0
-            while writers.working or interrupted < 20:
-                try:
-                    found = watch.get(reset=True)
-                except Interrupted:
-                    interrupted += 1
-                else:
-                    merge(found)
+            others.add(caller)
+            with SignalStorm(WriteWatch.get) as storm:
+                while writers.working or storm.interrupts < 20:
+                    with suppress(Interrupted):
+                        merge(watch.get(reset=True))
             stop.set()
             for crew in (writers, others):
                 crew.join()
-            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
             merge(watch.get(reset=True))
             assert last == [119] * PAGES
 
