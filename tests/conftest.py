@@ -452,9 +452,10 @@ def ksm() -> Iterator[Lacking | None]:
 def run_child(code: str, *arguments: str, env: dict[str, str] | None = None, seconds: float = CHILD_SECONDS) -> str:
     """Run Python code that could hang in a process of its own. Returns what it printed; fails if it fails or hangs."""
     program = textwrap.dedent(code)
+    path = os.pathsep.join(filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-W", "error", "-c", program, *arguments],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), **(env or {})},
+        env={**os.environ, "PYTHONPATH": path, **(env or {})},
         capture_output=True,
         text=True,
         timeout=seconds,

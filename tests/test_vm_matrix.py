@@ -123,12 +123,16 @@ def test_a_failed_test_is_not_mended() -> None:
 
 @pytest.mark.parametrize(("hung", "verb"), [(True, "hung"), (False, "panicked or stopped")])
 def test_a_guest_that_dies_is_a_failure(hung: bool, verb: str) -> None:
-    """With the test that ran, and the end of its console; once, and not for every user who never came to run."""
-    told = events("root", status=None, exit=None)[:-1]
-    died = qemu.Guest("boot\nKernel panic - not syncing: x", told, hung)
-    (wrong,) = report.judge(KERNEL, died)
-    assert f"the guest {verb} in test_c" in wrong
+    """With the tests that ran, and the end of its console; once, and not for a user who was through."""
+    console, running = "boot\nKernel panic - not syncing: x", {"status": None, "exit": None}
+    told = events("root", **running) + events("nobody", tests=[("test_b", None, "passed", "")], **running)
+    (wrong,) = report.judge(KERNEL, qemu.Guest(console, told, hung))
+    assert f"it {verb} in test_c as root and test_b as nobody;" in wrong
     assert "Kernel panic" in wrong
+    (wrong,) = report.judge(KERNEL, qemu.Guest(console, events("root") + events("nobody", **running), hung))
+    assert f"it {verb} in test_c as nobody;" in wrong
+    (wrong,) = report.judge(KERNEL, qemu.Guest(console, [], hung))
+    assert f"it {verb} in no test;" in wrong
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,15 @@ class Half:
 def judge(kernel: Kernel, guest: Guest) -> list[str]:
     """What is wrong."""
     wrong = [f"the kernel itself: {line}" for line in kernel_complaints(guest) if not line.startswith(REMARKS)]
-    for half in (Half.of(guest, who) for who in USERS):
+    halves = [Half.of(guest, who) for who in USERS]
+    if not guest.over:
+        running = " and ".join(f"{half.last} as {half.who}" for half in halves if half.exit is None and half.last)
+        wrong.append(f"it {'hung' if guest.hung else 'panicked or stopped'} in {running or 'no test'}{_end(guest)}")
+    for half in halves:
         about = [*_run(half, guest)]
         if half.found["features"]:
             about += [*_features(kernel, half), *_backends(kernel, half)]
         wrong += [f"as {half.who}: {text}" for text in about]
-        if half.exit is None:
-            break  # nothing can be said of who comes after it
     return wrong
 
 
@@ -137,14 +139,17 @@ def _run(half: Half, guest: Guest) -> Iterator[str]:
     yield from (f"{test}\n{why}" for (test, _), (outcome, why) in half.tests.items() if outcome == "failed")
     if half.status:
         yield f"pytest ended with {half.status}"
+    if half.exit is None and not guest.over:
+        return
     if half.status is None or half.exit != 0 or not half.found["features"]:
-        tail = "\n".join(guest.console.splitlines()[-40:])
-        ended = f"its process ended with {half.exit}"
-        if half.exit is None:
-            ended = "the guest hung" if guest.hung else "the guest panicked or stopped"
-        yield f"{ended}{f' in {half.last}' if half.last else ''}; the console ends\n{tail}"
+        yield f"its process ended with {half.exit}{f' in {half.last}' if half.last else ''}{_end(guest)}"
     elif half.collected != len({test for test, _ in half.tests}):
         yield f"{half.collected} tests were collected, and {len(half.tests)} told of"
+
+
+def _end(guest: Guest) -> str:
+    tail = "\n".join(guest.console.splitlines()[-40:])
+    return f"; the console ends\n{tail}"
 
 
 def _features(kernel: Kernel, half: Half) -> Iterator[str]:
@@ -164,7 +169,7 @@ def _backends(kernel: Kernel, half: Half) -> Iterator[str]:
         answer = found.get(name)
         if not isinstance(answer, list) or set(answer) != guarantees:
             yield f"{name} guarantees {answer}, not {sorted(guarantees)}"
-        if not half.counts(name)["passed"]:
+        if half.status is not None and not half.counts(name)["passed"]:
             yield f"no test of {name} passed"
 
 
