@@ -673,7 +673,6 @@ def test_memory_of_every_kind_of_owner(tracker: DirtyTracker) -> None:
     assert (own[0x100], numbers[0x20], raw[0x100]) == (65, 66, 68)
 
 
-@pytest.mark.kernel
 def test_the_guest_keeps_its_memory(flavour: Flavour) -> None:
     """As long as Unicorn can use it nobody can close it, whatever became of the tracker and of this object."""
     memory = private(4)

@@ -56,8 +56,9 @@ def found(disabled: str | None = None) -> dict[str, Any]:
 # -- Forms -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.kernel
-@pytest.mark.parametrize("disabled", [None, "pagemap-scan", "pagemap-scan,uffd-wp"])
+@pytest.mark.parametrize(
+    "disabled", [pytest.param(None, marks=pytest.mark.kernel), "pagemap-scan", "pagemap-scan,uffd-wp"]
+)
 def test_json(disabled: str | None) -> None:
     """It is as its schema says, has every feature, and its backend is the one that DirtyTracker takes."""
     schema = json.loads((files("pagemapcompat") / "probe.schema.json").read_text(encoding="utf-8"))
@@ -319,7 +320,6 @@ def test_a_process_that_is_not_ours() -> None:
     assert "CAP_SYS_PTRACE" in answer["hint"]
 
 
-@pytest.mark.kernel
 def test_processes_without_memory() -> None:
     """A zombie is gone, and a kernel thread is one, whoever asks and in whatever form."""
     with subprocess.Popen([sys.executable, "-c", ""]) as child:

@@ -226,7 +226,6 @@ def words(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- What it says ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.kernel
 def test_another_process(source: str, target: Target) -> None:
     """Of 16 pages three are in use; the report says whom it asked, and how."""
     report = by_json(target.pid, target.range("anonymous"))

@@ -199,6 +199,7 @@ def test_an_answer_outlives_its_reader(tracker: DirtyTracker) -> None:
     assert pages_of(ram.collect()) == written
 
 
+@pytest.mark.anywhere
 def test_readers_come_and_go_without_a_trace(flavour: Flavour) -> None:
     """Also those that are dropped instead of closed."""
 
@@ -306,6 +307,7 @@ def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> 
         backends._calibrate()
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("number", range(5))
 def test_a_profiler_that_keeps_a_frame_makes_nothing_be_filled_too_early(number: int) -> None:
     """One, of those that this package makes while it is imported, and with it what is counted then."""

@@ -135,7 +135,7 @@ def partners(names: tuple[str, ...], kind: str) -> list[Flavour]:
 @pytest.mark.parametrize("kind", ["private", "shared"])
 def test_a_few_programs(kind: str) -> None:
     """On every kernel."""
-    in_child(explore, partners(TOGETHER["newest"], kind), kind, 2, 15)
+    in_child(explore, partners(TOGETHER["newest"], kind), kind, 1, 15)
 
 
 @pytest.mark.parametrize("kind", programs.PAGES)

@@ -49,7 +49,7 @@ def test_limited_collects_of_shared_memory_lose_nothing(flavour: Flavour) -> Non
             mirror, crew = Mirror(ram, memory), Crew()
 
             # A fault that the kernel resolves is cheap, one that a thread resolves is not, least of all emulated.
-            rounds = 80 if flavour.backend == "pagemap-scan" else 15
+            rounds = 30 if flavour.backend == "pagemap-scan" else 15
 
             def fill() -> None:
                 for round_ in range(1, rounds):

@@ -274,6 +274,7 @@ def test_a_caller_whose_own_memory_is_tracked(uffd_wp: Flavour, where: Callable[
     in_child(check, seconds=20)
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("kib", [120, 254, 4096])
 def test_thread_local_storage_of_any_size(kib: int, tmp_path: Path) -> None:
     """It starts, and resolves, in a program whose libraries have more of it than fits the stack it starts with."""
@@ -420,6 +421,7 @@ int sched_setaffinity(pid_t thread, size_t size, const cpu_set_t *cpus)
 """What the kernel says of a CPU that has just gone."""
 
 
+@pytest.mark.anywhere
 def test_a_cpu_that_cannot_be_had(uffd_wp: Flavour, two_cpus: list[int], tmp_path: Path) -> None:
     """Then it may run where it might at first, not only where it is; and it follows as before."""
     program = f"""
@@ -533,7 +535,7 @@ def test_a_writer_that_has_proc_locked(uffd_wp: Flavour, area: Callable[..., Add
 
             crew.add(listing)
             crew.add(creating)
-            for _ in range(60):  # each a thread that nobody has looked for
+            for _ in range(20):  # each a thread that nobody has looked for
                 with ThreadPoolExecutor(1) as writer:
                     writer.submit(writing).result()
                     assert set(range(1, 64, 2)) <= pages_of(ram.collect())
@@ -560,6 +562,7 @@ int clock_gettime(clockid_t clock, struct timespec *now)
 """What a clock says that is set an hour forward before anybody waits by it."""
 
 
+@pytest.mark.anywhere
 def test_a_clock_that_is_set_while_a_tracker_is_closed(uffd_wp: Flavour, tmp_path: Path) -> None:
     """The fault thread is waited for all the same, and everything is given back."""
     program = """

@@ -287,12 +287,11 @@ def explore(flavour: Flavour, kind: str, examples: int, steps: int) -> None:
     run()
 
 
-@pytest.mark.kernel
-@pytest.mark.parametrize("kind", ["private", "shared"])
+@pytest.mark.parametrize("kind", [pytest.param("private", marks=pytest.mark.kernel), "shared"])
 def test_a_few_programs(flavour: Flavour, kind: str) -> None:
     """On every kernel."""
     memory_of(kind, 1)  # skips where it is refused
-    in_child(explore, flavour, kind, 2, 15)
+    in_child(explore, flavour, kind, 1, 15)
 
 
 @pytest.mark.parametrize("kind", ["private", "shared"])

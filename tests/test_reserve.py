@@ -137,7 +137,9 @@ def play(tracker: DirtyTracker, memory: AddressRange, dice: random.Random, *, di
         assert pages_of(one.cursor.collect()) == set()
 
 
-@pytest.mark.parametrize("huge", [False, True], ids=["small", "huge"])
+@pytest.mark.parametrize(
+    "huge", [pytest.param(False, id="small"), pytest.param(True, id="huge", marks=pytest.mark.anywhere)]
+)
 def test_random_programs_over_units(flavour: Flavour, area: Callable[..., AddressRange], huge: bool) -> None:
     """Whatever comes to a unit is told to every reader."""
     room = area(4 * UNIT + UNIT, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)

@@ -205,6 +205,7 @@ def test_the_next_one_goes_on_with_what_a_dropped_one_left(tracker: DirtyTracker
     assert memory[:] == content
 
 
+@pytest.mark.anywhere
 def test_a_ring_of_snapshots_keeps_no_more_than_it_holds(tracker: DirtyTracker) -> None:
     """As for rewinding: the oldest is dropped for each new one."""
     memory = private(PAGES)
@@ -606,6 +607,7 @@ def test_an_interrupt_that_is_kept(tracker: DirtyTracker, monkeypatch: pytest.Mo
         ram.restore(first, verify=True)
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("name", ["snapshot", "restore"])
 def test_an_interrupt_anywhere(flavour: Flavour, name: str, twice: bool) -> None:
@@ -809,6 +811,7 @@ def test_threads(flavour: Flavour) -> None:
     in_child(scenario)
 
 
+@pytest.mark.anywhere
 def test_a_family_in_two_threads() -> None:
     """Images that descend from one, made and dropped by two threads at once, hold their own pages alone."""
 
@@ -833,6 +836,7 @@ def test_a_family_in_two_threads() -> None:
     in_child(scenario)
 
 
+@pytest.mark.anywhere
 def test_nothing_leaks(flavour: Flavour) -> None:
     """Descriptors, threads and mappings are the same after many snapshots, restores, errors and drops."""
 
