@@ -2,7 +2,7 @@
 
 Nothing is installed and no root is needed: kernels are downloaded with apt into ~/.cache/pagemapcompat, checked against
 the archive's signatures, unpacked, and booted by qemu in software emulation. It takes qemu-system-x86, busybox-static
-and the .venv that scripts/test makes; twenty minutes on two CPUs.
+and the .venv that scripts/test makes; half an hour on two CPUs.
 
 Exits with 0 when every kernel that can still be had passed, 1 when the library failed on one, 2 when this machine could
 not run the matrix. PAGEMAPCOMPAT_SKIP_VM=1 skips it, PAGEMAPCOMPAT_VM_SECONDS (600) is how long a guest may be silent.
