@@ -43,10 +43,17 @@ PAGE = page_size()
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 CHILD_SECONDS = float(os.environ.get("PAGEMAPCOMPAT_TEST_SECONDS", "60"))
 """How long anything that could hang may take. Machines are slow and shared, or emulated; a hang lasts for ever."""
+ROUNDS_SHARE = float(os.environ.get("PAGEMAPCOMPAT_TEST_ROUNDS", "1"))
+"""How much of what tests repeat is done: 10 looks longer for what is rare, and emulated machines have time for less."""
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 """Whether AddressSanitizer watches, which maps memory as it goes, and gives none back."""
 DISABLED = tuple(filter(None, os.environ.get("PAGEMAPCOMPAT_DISABLE", "").split(",")))
 """What is switched off for all tests. They add to it."""
+
+
+def rounds(number: int) -> int:
+    """How often to do what is usually done as often as that."""
+    return max(round(number * ROUNDS_SHARE), 1)
 
 
 class KeepingTracker(DirtyTracker):

@@ -12,13 +12,13 @@ from contextlib import suppress
 
 import pytest
 from children import Crew, Mirror, hold_fault_thread_back, in_child, memory_of
-from conftest import PAGE, PRIVATE, SANITIZED, Flavour, claims, flavours, libc, pages_of, private, write
+from conftest import PAGE, PRIVATE, SANITIZED, Flavour, claims, flavours, libc, pages_of, private, rounds, write
 from interrupter import Interrupted, Interrupter, SignalStorm
 
 from pagemapcompat import ClosedError, Guarantee, NotTrackedError, TrackedRange, _kernel
 
 PAGES = 256
-ROUNDS = 3
+ROUNDS = rounds(7)
 """How often each page is written. Few, so that a lost write is likely to be its page's last one, and stays visible."""
 
 
@@ -189,7 +189,7 @@ def test_a_store_that_holds_the_gil_does_not_hang(flavour: Flavour) -> None:
 
             for function in (collect, protect, come_and_go):
                 others.add(function)
-            for number in range(64 * 5):
+            for number in range(64 * rounds(15)):
                 memory[number % 64 * PAGE] = number % 256
             stop.set()
             others.join()
@@ -221,7 +221,7 @@ def test_closing_a_tracker_wakes_its_writers(flavour: Flavour) -> None:
         crew = Crew()
         for function in (release, release, hold):
             crew.add(function)
-        for _ in range(6):
+        for _ in range(rounds(15)):
             tracker = flavour.tracker()
             ram = tracker.track(memory)
             ram.collect()
@@ -324,7 +324,7 @@ def test_a_late_answer_opens_no_page(flavour: Flavour) -> None:
         with flavour.tracker() as tracker:
             ram = tracker.track(memory)
             hold_fault_thread_back()
-            for _ in range(40):
+            for _ in range(rounds(90)):
                 crew = Crew()
                 for _ in range(4):
                     crew.add(libc.fill, ram.range.start + 3 * PAGE)
@@ -346,7 +346,7 @@ def test_unprotect_wakes_nobody_whose_answer_is_on_its_way(flavour: Flavour) -> 
         with flavour.tracker() as tracker:
             ram = tracker.track(memory)
             hold_fault_thread_back()
-            for _ in range(40):
+            for _ in range(rounds(90)):
                 crews = [Crew(), Crew()]
                 for crew, page in zip(crews, (3, 4), strict=True):
                     crew.add(libc.fill, ram.range.start + page * PAGE)
@@ -379,7 +379,7 @@ def test_memory_replaced_under_its_writer(flavour: Flavour, area) -> None:  # ty
 
             writers.add(fill)
             writers.add(fill)
-            for number in range(48):
+            for number in range(rounds(120)):
                 libc.mmap(8 * PAGE, address=memory.start + number % 8 * 8 * PAGE)
                 if number % 3 == 0:
                     ram.collect()
@@ -413,7 +413,7 @@ def test_memory_unmapped_or_barred_under_its_writer(flavour: Flavour, area) -> N
 
             writers.add(read)
             writers.add(read)
-            for number in range(48):
+            for number in range(rounds(120)):
                 at = memory.start + number % 8 * 8 * PAGE
                 if number % 2:
                     libc.munmap(at, 8 * PAGE)

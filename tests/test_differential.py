@@ -9,7 +9,7 @@ import figures
 import programs
 import pytest
 from children import in_child
-from conftest import FLAVOURS, HUGE, Flavour, Lacking, expected, lacking, libc, need_shared
+from conftest import FLAVOURS, HUGE, Flavour, Lacking, expected, lacking, libc, need_shared, rounds
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -135,7 +135,7 @@ def partners(names: tuple[str, ...], kind: str) -> list[Flavour]:
 @pytest.mark.parametrize("kind", ["private", "shared"])
 def test_a_few_programs(kind: str) -> None:
     """On every kernel."""
-    in_child(explore, partners(TOGETHER["newest"], kind), kind, 1, 15)
+    in_child(explore, partners(TOGETHER["newest"], kind), kind, rounds(2), 15)
 
 
 @pytest.mark.parametrize("kind", programs.PAGES)

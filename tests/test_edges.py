@@ -25,6 +25,7 @@ from conftest import (
     need_shared,
     pages_of,
     private,
+    rounds,
     write,
 )
 
@@ -49,10 +50,10 @@ def test_limited_collects_of_shared_memory_lose_nothing(flavour: Flavour) -> Non
             mirror, crew = Mirror(ram, memory), Crew()
 
             # A fault that the kernel resolves is cheap, one that a thread resolves is not, least of all emulated.
-            rounds = 30 if flavour.backend == "pagemap-scan" else 15
+            last = rounds(80 if flavour.backend == "pagemap-scan" else 40)
 
             def fill() -> None:
-                for round_ in range(1, rounds):
+                for round_ in range(1, last):
                     for page in range(128):
                         libc.fill(ram.range.start + page * PAGE, 1, round_)
 

@@ -16,7 +16,20 @@ from pathlib import Path
 
 import pytest
 from children import Crew, Mirror, in_child, name_of, plain, preloaded
-from conftest import PAGE, Flavour, claims, flavours, lacking, libc, pages_of, private, run_child, use_flavour, write
+from conftest import (
+    PAGE,
+    Flavour,
+    claims,
+    flavours,
+    lacking,
+    libc,
+    pages_of,
+    private,
+    rounds,
+    run_child,
+    use_flavour,
+    write,
+)
 
 from pagemapcompat import (
     AddressRange,
@@ -535,7 +548,7 @@ def test_a_writer_that_has_proc_locked(uffd_wp: Flavour, area: Callable[..., Add
 
             crew.add(listing)
             crew.add(creating)
-            for _ in range(20):  # each a thread that nobody has looked for
+            for _ in range(rounds(60)):  # each a thread that nobody has looked for
                 with ThreadPoolExecutor(1) as writer:
                     writer.submit(writing).result()
                     assert set(range(1, 64, 2)) <= pages_of(ram.collect())

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from children import Crew, Mirror, in_child, memory_of
-from conftest import PAGE, Flavour
+from conftest import PAGE, Flavour, rounds
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from programs import Counts
@@ -291,7 +291,7 @@ def explore(flavour: Flavour, kind: str, examples: int, steps: int) -> None:
 def test_a_few_programs(flavour: Flavour, kind: str) -> None:
     """On every kernel."""
     memory_of(kind, 1)  # skips where it is refused
-    in_child(explore, flavour, kind, 1, 15)
+    in_child(explore, flavour, kind, rounds(2), 15)
 
 
 @pytest.mark.parametrize("kind", ["private", "shared"])

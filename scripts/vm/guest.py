@@ -122,6 +122,7 @@ def main() -> int:
     settings, who = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
     os.environ["PAGEMAPCOMPAT_DISABLE"] = ",".join(settings["disable"])
     os.environ["PAGEMAPCOMPAT_TEST_SECONDS"] = "300"
+    os.environ["PAGEMAPCOMPAT_TEST_ROUNDS"] = "0.4"
     os.environ["PAGEMAPCOMPAT_TEST_EXPECT"] = ",".join(settings["expect"][who])
     with open("/dev/ttyS1", "wb", buffering=0) as out:
         if settings["refuse_ioctls"]:
