@@ -6,45 +6,65 @@ from enum import Enum, Flag, IntFlag
 
 
 class PageCategory(IntFlag):
-    """What PAGEMAP_SCAN can say of a page (`include/uapi/linux/fs.h`, since Linux 6.7). Unknown bits pass through."""
+    """What PAGEMAP_SCAN can say of a page (`include/uapi/linux/fs.h`, since Linux 6.7). Unknown bits pass through.
+
+    Attributes:
+        WPALLOWED: Registered for asynchronous write-protection.
+
+        WRITTEN: Not known to be unchanged since it was last write-protected.
+
+        FILE: Not anonymous.
+
+        PRESENT: In memory.
+
+        SWAPPED: A swap entry, a migration entry, or a marker: an empty page that is write-protected is SWAPPED too.
+
+        PFNZERO: The zero page; the huge one since Linux 6.16.
+
+        HUGE: Part of a huge page that is mapped as one.
+
+        SOFT_DIRTY: Since Linux 6.8 (e6a9a2cbc13b). Accepted, and never set, on kernels built without soft-dirty.
+
+        GUARD: A MADV_GUARD_INSTALL page, since Linux 6.16.
+    """
 
     WPALLOWED = 1 << 0
-    """Registered for asynchronous write-protection."""
     WRITTEN = 1 << 1
-    """Not known to be unchanged since it was last write-protected."""
     FILE = 1 << 2
-    """Not anonymous."""
     PRESENT = 1 << 3
-    """In memory."""
     SWAPPED = 1 << 4
-    """A swap entry, a migration entry, or a marker: an empty page that is write-protected is SWAPPED too."""
     PFNZERO = 1 << 5
-    """The zero page; the huge one since Linux 6.16."""
     HUGE = 1 << 6
-    """Part of a huge page that is mapped as one."""
     SOFT_DIRTY = 1 << 7
-    """Since Linux 6.8 (e6a9a2cbc13b). Accepted, and never set, on kernels built without soft-dirty."""
     GUARD = 1 << 8
-    """A MADV_GUARD_INSTALL page, since Linux 6.16."""
 
 
 class EntryFlag(IntFlag):
-    """The flag bits of a /proc/PID/pagemap word (`Documentation/admin-guide/mm/pagemap.rst`)."""
+    """The flag bits of a /proc/PID/pagemap word (`Documentation/admin-guide/mm/pagemap.rst`).
+
+    Attributes:
+        SOFT_DIRTY: Since Linux 3.11.
+
+        EXCLUSIVE: Mapped once, since Linux 4.2.
+
+        UFFD_WP: Write-protected through a userfaultfd, since Linux 5.14 (fb8e37f35a2f).
+
+        GUARD: Since Linux 6.15.
+
+        FILE: A file's page or shared anonymous memory; also the huge zero page.
+
+        SWAPPED: A swap entry, a migration entry or a marker.
+
+        PRESENT: In memory.
+    """
 
     SOFT_DIRTY = 1 << 55
-    """Since Linux 3.11."""
     EXCLUSIVE = 1 << 56
-    """Mapped once, since Linux 4.2."""
     UFFD_WP = 1 << 57
-    """Write-protected through a userfaultfd, since Linux 5.14 (fb8e37f35a2f)."""
     GUARD = 1 << 58
-    """Since Linux 6.15."""
     FILE = 1 << 61
-    """A file's page or shared anonymous memory; also the huge zero page."""
     SWAPPED = 1 << 62
-    """A swap entry, a migration entry or a marker."""
     PRESENT = 1 << 63
-    """In memory."""
 
 
 class UffdFeature(IntFlag):
@@ -171,17 +191,26 @@ class Guarantee(Flag):
     """What a backend promises.
 
     Without a promise it may be less precise or slower; it never calls a written page clean, but for what DISCARDS says.
+
+    Attributes:
+        EXACT: With no writer running during the call, and no discard, KSM merge, remap, guard change or hugetlb memory
+            since the last collect, nor before 6.4 the opening of empty pages that were barred (PROT_NONE), the answer
+            is exactly the pages stored to. `TrackedRange.guarantees` lacks it where memory cannot give it, as a great
+            reserve.
+
+        ATOMIC_COLLECT: Reading and protecting a page again is one step for its writers. Per page: the range is no
+            snapshot.
+
+        KERNEL_WRITES: read, recv, io_uring (unpinned) and process_vm_writev into tracked memory succeed and are
+            reported.
+
+        DISCARDS: A page discarded, replaced or merged by the kernel and then written again is still reported.
+
+        NO_HELPER_THREAD: No thread of the library's own runs in this process.
     """
 
     EXACT = 1
-    """With no writer running during the call, and no discard, KSM merge, remap, guard change or hugetlb memory since
-    the last collect, nor before 6.4 the opening of empty pages that were barred (PROT_NONE), the answer is exactly the
-    pages stored to. `TrackedRange.guarantees` lacks it where memory cannot give it, as a great reserve."""
     ATOMIC_COLLECT = 2
-    """Reading and protecting a page again is one step for its writers. Per page: the range is no snapshot."""
     KERNEL_WRITES = 4
-    """read, recv, io_uring (unpinned) and process_vm_writev into tracked memory succeed and are reported."""
     DISCARDS = 8
-    """A page discarded, replaced or merged by the kernel and then written again is still reported."""
     NO_HELPER_THREAD = 16
-    """No thread of the library's own runs in this process."""

@@ -44,22 +44,34 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class BackendStatistics:
-    """Counters since the tracker was made."""
+    """Counters since the tracker was made.
+
+    Attributes:
+        backend: Its name.
+
+        ranges: Tracked now.
+
+        tracked_bytes: In them.
+
+        scans: Calls of peek and collect.
+
+        resets: Calls of reset.
+
+        pages: Handed out by collect.
+
+        faults: Resolved by the fault thread; 0 where there is none.
+
+        owed_pages: Taken, or declared written, and not yet handed out: the sum over all cursors.
+    """
 
     backend: Literal["pagemap-scan", "uffd-wp"]
     ranges: int
-    """Tracked now."""
     tracked_bytes: int
-    """In them."""
     scans: int
-    """Calls of peek and collect."""
     resets: int
     pages: int
-    """Handed out by collect."""
     faults: int
-    """Resolved by the fault thread; 0 where there is none."""
     owed_pages: int
-    """Taken, or declared written, and not yet handed out: the sum over all cursors."""
 
 
 @attrs.frozen(kw_only=True)

@@ -62,7 +62,7 @@ class Cursor:
         Memory that is not, or no longer, registered is reported as written; unmapped memory is skipped.
 
         Args:
-            start: Where to begin.
+            start: Where to begin: an offset in bytes from the start of the memory.
 
             stop: Where to end.
 
@@ -86,8 +86,9 @@ class Cursor:
     ) -> ScanResult:
         """Return the pages written since they were last collected or reset, and watch them anew in the same step.
 
-        Each write is reported by the collect during or after which it happened; a concurrent one perhaps twice, none
-        never. The pages of an error or an interrupt stay owed to the next peek or collect. Regions carry WRITTEN alone.
+        Each write is reported by the collect that runs beside it or by the first that begins after it, perhaps by both;
+        none is left out. The pages in an error's `collected` are delivered by that, and do not come again; what any
+        other error or an interrupt took is owed to the next peek or collect. Regions carry WRITTEN alone.
 
         Args:
             start: Where to begin.
@@ -126,18 +127,24 @@ class Cursor:
     def _asked(self, start: SupportsIndex, stop: SupportsIndex | None) -> AddressRange:
         whole = self.range
         length = self._attached.length
-        first = operator.index(start)
-        last = length if stop is None else operator.index(stop)
+        try:
+            first = operator.index(start)
+            last = length if stop is None else operator.index(stop)
+        except TypeError as error:
+            error.add_note(f"hint: start={start!r} and stop={stop!r} are whole numbers of bytes")
+            raise
         for name, value in (("start", first), ("stop", last)):
             if not 0 <= value <= length and value != whole.length:
                 raise InvalidArgumentError(f"{name}={value} lies outside of the {length} tracked bytes").with_hint(
-                    "offsets count from the start of the tracked memory; negative ones have no meaning"
+                    "that is an address: subtract range.start"
+                    if whole.start <= value <= whole.end
+                    else f"offsets count from the start of the tracked memory, 0 to {length}; None is the end"
                 )
             if (whole.start + value) % self.granularity and value not in (0, length):
-                error = AlignmentError(f"{name}={value} is not a multiple of {self.granularity} bytes")
-                error.address, error.length = whole.start + value, last - first
+                odd = AlignmentError(f"{name}={value} is not a multiple of {self.granularity} bytes")
+                odd.address, odd.length = whole.start + value, last - first
                 down = value - (whole.start + value) % self.granularity
-                raise error.with_hint(f"use {down} or {down + self.granularity}")
+                raise odd.with_hint(f"use {down} or {down + self.granularity}")
         if last < first:
             raise InvalidArgumentError(f"stop={last} lies before start={first}").with_hint(
                 "stop is exclusive, not a length"

@@ -56,7 +56,7 @@ class FaultThreadError(PagemapCompatError, RuntimeError):
 
 
 class RestoreError(PagemapCompatError, RuntimeError):
-    """Memory is not what the snapshot holds, though a restore wrote it back and nobody was seen to write since.
+    """Memory is not what the snapshot holds, though a restore wrote it back, and no write that is reported explains it.
 
     Attributes:
         differing: The pages that differ.
@@ -72,7 +72,8 @@ class RestoreError(PagemapCompatError, RuntimeError):
     def of(cls, differing: ScanResult) -> Self:
         """Say which pages."""
         first, last = next(differing.spans())
-        error = cls(f"{differing.pages} pages differ from the snapshot, the first of them in bytes {first} to {last}")
+        count = "1 page differs" if differing.pages == 1 else f"{differing.pages} pages differ"
+        error = cls(f"{count} from the snapshot, the first in bytes {first} to {last}")
         error.differing = differing
         return error.with_hint(cls._hint)
 

@@ -20,32 +20,49 @@ _EVERY_UID = ["0", "0", "4294967295"]
 
 @attrs.frozen(kw_only=True)
 class Limits:
-    """What surrounds this process. None: it cannot be read here."""
+    """What surrounds this process. None: it cannot be read here.
+
+    Attributes:
+        page_size: In bytes.
+
+        huge_page_sizes: Of hugetlb, in bytes, ascending.
+
+        transparent_hugepage: always, madvise or never.
+
+        unprivileged_userfaultfd: vm.unprivileged_userfaultfd: whether every process may have faults in kernel mode
+            reported.
+
+        capabilities: Of CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_CHECKPOINT_RESTORE, those in effect.
+
+        user_namespace: Whether capabilities are those of a user namespace, which count for nothing here.
+
+        seccomp: off, strict or filter: a filter may refuse any system call.
+
+        no_new_privs: Whether this process can gain no privileges (prctl(2)).
+
+        dumpable: Whether /proc/self belongs to this process's user: without it, and without privileges, pagemap is
+            denied.
+
+        open_files: RLIMIT_NOFILE, None without limit: a tracker needs 4 or 5 descriptors.
+
+        max_map_count: vm.max_map_count: protecting single pages can split mappings.
+
+        real_time_limit: Whether others get a part of each CPU whatever a real-time thread does there:
+            kernel.sched_rt_runtime_us, unless it is -1 (sched(7)).
+    """
 
     page_size: int
-    """In bytes."""
     huge_page_sizes: tuple[int, ...]
-    """Of hugetlb, in bytes, ascending."""
     transparent_hugepage: str | None
-    """always, madvise or never."""
     unprivileged_userfaultfd: bool | None
-    """vm.unprivileged_userfaultfd: whether every process may have faults in kernel mode reported."""
     capabilities: tuple[str, ...]
-    """Of CAP_SYS_PTRACE, CAP_SYS_ADMIN and CAP_CHECKPOINT_RESTORE, those in effect."""
     user_namespace: bool | None
-    """Whether capabilities are those of a user namespace, which count for nothing here."""
     seccomp: str | None
-    """off, strict or filter: a filter may refuse any system call."""
     no_new_privs: bool | None
     dumpable: bool
-    """Whether /proc/self belongs to this process's user: without it, and without privileges, pagemap is denied."""
     open_files: int | None
-    """RLIMIT_NOFILE, None without limit: a tracker needs 4 or 5 descriptors."""
     max_map_count: int | None
-    """vm.max_map_count: protecting single pages can split mappings."""
     real_time_limit: bool | None
-    """Whether others get a part of each CPU whatever a real-time thread does there: kernel.sched_rt_runtime_us, unless
-    it is -1 (sched(7))."""
 
 
 def read_limits() -> Limits:

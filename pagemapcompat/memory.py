@@ -140,10 +140,9 @@ def pin(memory: Memory, *, writable: bool) -> PinnedMemory:
     try:
         view = memoryview(cast("Buffer", memory))
     except TypeError as error:
-        error.add_note(
-            f"hint: {type(memory).__name__} is no memory; give a buffer (mmap, numpy array), an AddressRange, or "
-            "(address, length)"
-        )
+        has_range = isinstance(getattr(memory, "range", None), AddressRange)
+        wanted = "its range" if has_range else "a buffer (mmap, numpy array), an AddressRange, or (address, length)"
+        error.add_note(f"hint: {type(memory).__name__} is no memory; give {wanted}")
         raise
     held = None
     try:
@@ -170,7 +169,7 @@ def _check_buffer(view: memoryview, *, writable: bool) -> None:
             EACCES,
             "track",
             f"the buffer of {name} is read-only",
-            hint="nobody can write it; map it writable to track it",
+            hint="give the writable buffer that it is a view of, or map the memory writable; bytes never are",
         )
 
 
@@ -193,5 +192,7 @@ def _aligned(given: AddressRange) -> AddressRange:
             f"boundaries ({_PAGE_SIZE} bytes)"
         )
         error.address, error.length = given.start, given.length
-        raise error.with_hint(f"{ALIGNED_HINT}; or track {given.aligned_out()}, its neighbours' writes included")
+        raise error.with_hint(
+            f"{ALIGNED_HINT}; or track {given.aligned_out()}, with its neighbours' writes, and keep the memory yourself"
+        )
     return given

@@ -63,20 +63,28 @@ class ScanQuery:
 
     A page with categories C matches when (C ^ inverted) has every bit of *all_of* and, unless that is empty, one of
     *any_of*. It is returned with `C & report`; neighbours that are equal then make one region.
+
+    Attributes:
+        all_of: `category_mask`.
+
+        any_of: `category_anyof_mask`.
+
+        inverted: `category_inverted`.
+
+        report: `return_mask`.
+
+        never: No page can match; answered without asking the kernel. Only `from_proposal` makes such queries.
+
+        drop_empty: Leave out pages with nothing to report, before *max_pages* counts them. Only `from_proposal` asks
+            for it.
     """
 
     all_of: PageCategory = attrs.field(default=PageCategory(0), converter=_mask)
-    """`category_mask`."""
     any_of: PageCategory = attrs.field(default=PageCategory(0), converter=_mask)
-    """`category_anyof_mask`."""
     inverted: PageCategory = attrs.field(default=PageCategory(0), converter=_mask)
-    """`category_inverted`."""
     report: PageCategory = attrs.field(default=PageCategory(0), converter=_mask)
-    """`return_mask`."""
     never: bool = attrs.field(default=False, init=False)
-    """No page can match; answered without asking the kernel. Only `from_proposal` makes such queries."""
     drop_empty: bool = attrs.field(default=False, init=False)
-    """Leave out pages with nothing to report, before *max_pages* counts them. Only `from_proposal` asks for it."""
 
     @property
     def mentioned(self) -> PageCategory:
@@ -417,8 +425,11 @@ def check_max_pages(max_pages: int | None) -> int:
     """What C takes for *max_pages*: 0 is no limit."""
     if max_pages is None:
         return 0
-    if max_pages < 1:
-        raise InvalidArgumentError(f"max_pages={max_pages} asks for no page").with_hint(
-            "give at least 1, or None for all"
-        )
-    return min(max_pages, _MOST_PAGES)
+    try:
+        count = operator.index(max_pages)
+    except TypeError as error:
+        error.add_note(f"hint: max_pages={max_pages!r} is a whole number of pages, or None for all")
+        raise
+    if count < 1:
+        raise InvalidArgumentError(f"max_pages={count} asks for no page").with_hint("give at least 1, or None for all")
+    return min(count, _MOST_PAGES)

@@ -36,17 +36,26 @@ _FLEETING = {EMFILE, ENFILE, ENOMEM, EAGAIN}
 
 @attrs.frozen
 class ProbeResult:
-    """What trying one feature came to. True in a boolean context only for "yes"."""
+    """What trying one feature came to. True in a boolean context only for "yes".
+
+    Attributes:
+        feature: Which.
+
+        state: `no`: not there. `denied`: there, not for this process. `disabled`: by PAGEMAPCOMPAT_DISABLE. `unknown`:
+            something that it needs could not be had.
+
+        errno: What the call failed with, or None.
+
+        detail: One sentence.
+
+        hint: What to change; None for "yes".
+    """
 
     feature: Feature
     state: State
-    """`no`: not there. `denied`: there, not for this process. `disabled`: by PAGEMAPCOMPAT_DISABLE. `unknown`:
-    something that it needs could not be had."""
     errno: int | None
     detail: str
-    """One sentence."""
     hint: str | None
-    """What to change; None for "yes"."""
 
     def __bool__(self) -> bool:
         """Whether it is there for use."""
@@ -69,7 +78,11 @@ class FeatureReport(Mapping[Feature, ProbeResult]):
 
     def __getitem__(self, feature: Feature) -> ProbeResult:
         """One answer."""
-        return self._results[feature]
+        try:
+            return self._results[feature]
+        except KeyError as error:
+            error.add_note("hint: ask for a Feature: Feature.PAGEMAP_SCAN, or Feature('pagemap-scan') by its name")
+            raise
 
     def __iter__(self) -> Iterator[Feature]:
         """Every feature."""
@@ -81,7 +94,7 @@ class FeatureReport(Mapping[Feature, ProbeResult]):
 
     def supports(self, *features: Feature) -> bool:
         """Whether all of them are there for use."""
-        return all(self._results[feature] for feature in features)
+        return all(self[feature] for feature in features)
 
     def require(self, *features: Feature) -> None:
         """Raise for the first that is not there.
@@ -92,7 +105,7 @@ class FeatureReport(Mapping[Feature, ProbeResult]):
             UnsupportedError: It is not there, disabled, or unknown.
         """
         for feature in features:
-            result = self._results[feature]
+            result = self[feature]
             if not result:
                 kind = AccessError if result.state == "denied" else UnsupportedError
                 raise kind.make(result.errno or EOPNOTSUPP, feature.value, result.detail, hint=result.hint)

@@ -32,12 +32,18 @@ def _category(bits: int) -> PageCategory:
 
 @attrs.frozen
 class PageRegion:
-    """A run of pages with equal categories, as the kernel's `struct page_region`."""
+    """A run of pages with equal categories, as the kernel's `struct page_region`.
+
+    Attributes:
+        start: The address of the first byte.
+
+        end: The address behind the last one.
+
+        categories: Of each of its pages.
+    """
 
     start: int = attrs.field(repr=hex)
-    """The address of the first byte."""
     end: int = attrs.field(repr=hex)
-    """The address behind the last one."""
     categories: PageCategory
 
     @property
@@ -130,9 +136,10 @@ class ScanResult(Sequence[PageRegion]):
         return f"<ScanResult of {self.range}: {len(self)} regions, {self.pages} pages, {state}>"
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """(lo, hi) byte offsets from the start of the tracked memory, so that `memory[lo:hi]` is what was written.
+        """(lo, hi) offsets in bytes from the start of the tracked memory, of each region in turn.
 
-        Also for a sub-range. The last one is clipped where the memory ends inside a page.
+        `memory[lo:hi]` is what was written in an mmap, `array.reshape(-1).view(np.uint8)[lo:hi]` in an array. Also for
+        a sub-range. The last one is clipped where the memory ends inside a page.
         """
         return _kernel.spans(self._result, self._base, self._length)
 
@@ -159,7 +166,12 @@ class ScanResult(Sequence[PageRegion]):
 
     def _refuse_bitmap(self, out: Buffer) -> NoReturn:
         needed = (-(-self._length >> PAGE_SHIFT) + 7) // 8
-        with memoryview(out) as view:
+        try:
+            view = memoryview(out)
+        except TypeError as error:
+            error.add_note(f"hint: give a bytearray({needed})")
+            raise
+        with view:
             if view.readonly or not view.c_contiguous:
                 raise InvalidArgumentError(f"{type(out).__name__} cannot be written as a bitmap").with_hint(
                     f"give a bytearray({needed})"
@@ -169,9 +181,10 @@ class ScanResult(Sequence[PageRegion]):
             )
 
     def as_u64(self) -> memoryview:
-        """start, end, categories of each region in turn: read-only, 1-D, format "Q", no copy.
+        """Start, end (addresses) and categories of each region in turn: read-only, 1-D, format "Q", no copy.
 
-        `np.asarray(result.as_u64()).reshape(-1, 3)` copies nothing either. The view keeps the array alive.
+        `np.asarray(result.as_u64()).reshape(-1, 3)` copies nothing either. Less the `range.start` of what is tracked,
+        addresses are offsets. The view keeps the array alive.
         """
         words = self._words
         if words is None:
@@ -180,7 +193,7 @@ class ScanResult(Sequence[PageRegion]):
         return memoryview(words)
 
     def _is_viewed(self) -> bool:
-        """Whether anybody has a view of it. Only to be asked by who has nothing else of it than this object."""
+        """Whether anybody has a view of it. Ask only while nobody else has `_result`."""
         self._words = None  # which is one too
         viewed = self._references() != _UNVIEWED
         if viewed:
@@ -199,7 +212,7 @@ _UNVIEWED = 0
 
 
 def _calibrate() -> None:
-    """Find out. A tool that keeps objects of this module's holds more, which is no measure."""
+    """Find out, of one that has a view and one that has none. If neither 1 nor 2 tells them apart, it stays 0."""
     global _UNVIEWED  # noqa: PLW0603 - so that to ask costs no more than to look up a name
     for _UNVIEWED in (1, 2):
         viewed, released = (ScanResult(_kernel.result_of(0, 1), AddressRange(0, 0), 0, 0) for _ in range(2))

@@ -26,16 +26,22 @@ def _read_only(reasons: Mapping[str, str]) -> Mapping[str, str]:
 
 @attrs.frozen(kw_only=True)
 class Selection:
-    """Which backend was chosen, and why no better one."""
+    """Which backend was chosen, and why no better one.
+
+    Attributes:
+        chosen: Its name; "paranoid: pagemap-scan" of one that is checked.
+
+        guarantees: For private anonymous memory; `TrackedRange.guarantees` speaks of one mapping.
+
+        rejected: By name: the reason, with the errno and what to change.
+
+        userfaultfd: Every way of opening a userfaultfd that was tried, with its errno; the last one is in use.
+    """
 
     chosen: str
-    """Its name; "paranoid: pagemap-scan" of one that is checked."""
     guarantees: Guarantee
-    """For private anonymous memory; `TrackedRange.guarantees` speaks of one mapping."""
     rejected: Mapping[str, str] = attrs.field(converter=_read_only)
-    """By name: the reason, with the errno and what to change."""
     userfaultfd: tuple[str, ...]
-    """Every way of opening a userfaultfd that was tried, with its errno; the last one is in use."""
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -52,8 +58,14 @@ def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[
     Raises:
         InvalidArgumentError: There is no such backend.
 
+        TypeError: *require* is no Guarantee.
+
         AccessError, UnsupportedError: None works, or none gives *require*. The message has every reason.
     """
+    if not isinstance(require, Guarantee):
+        error = TypeError(f"require={require!r} is no Guarantee")
+        error.add_note("hint: give Guarantee.EXACT, or several joined by |")
+        raise error
     names = ["auto", *(backend.name for backend in BACKENDS), PARANOID]
     if name not in names:
         raise InvalidArgumentError(f"there is no backend {name!r}").with_hint(f"choose one of {', '.join(names)}")

@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 def _check(snapshot: Snapshot) -> Snapshot:
     if isinstance(snapshot, Snapshot):
         return snapshot
-    error = TypeError(f"{snapshot!r} is no snapshot")
+    error = TypeError(f"{type(snapshot).__name__} is no snapshot")
     error.add_note("hint: give what TrackedRange.snapshot() or Snapshot.load() returned")
     raise error
 
@@ -98,8 +98,8 @@ class Snapshot:
         """Free the pages that no other snapshot holds. Those after it stay what they are. Idempotent.
 
         Of those pages 4 MiB are kept for the snapshots to come, until all that descend from the same one are gone.
-        What memory was last made equal to is kept until the end of the range or the next restore, or the next
-        snapshot, which goes on with it.
+        The snapshot that memory last equalled keeps its own, even if dropped, until the range ends, the next restore,
+        or the next snapshot, which goes on with them.
         """
         self._image = None
         self._parent = self.parent
@@ -218,9 +218,9 @@ class Snapshot:
 class History:
     """Makes the snapshots of one tracked range, and restores them.
 
-    It has a cursor of its own and owns one image that memory was last equal to, beside the snapshot of it: memory
-    differs from it in what the cursor has, and from any other image in that and in what differs between the two. Any
-    thread may call; one call at a time.
+    It has its own cursor, and shares the image of the snapshot that memory last equalled. Memory differs from that
+    image at most in the pages that the cursor has; from any other one at most in those, and in the pages in which the
+    two images differ. Any thread may call; one call at a time.
     """
 
     def __init__(self, backend: Backend, attached: Attached) -> None:
@@ -245,8 +245,8 @@ class History:
             if self._image is None:
                 image = _kernel.image_create(on.range.length // page_size())
             else:
-                # After one that was dropped it is the very image. A failure leaves it changed then, in pages that are
-                # given back or as they are in memory.
+                # If the last snapshot was dropped nobody else has its image, and that is changed in place. A failure
+                # then leaves it partly changed: each changed page is given back, or is as in memory.
                 image = _kernel.image_next(self._image)
             self._backend.capture(on, image, unknown)
             at = self._at
@@ -274,7 +274,7 @@ class History:
             self._backend.take(on, pages)
             # Protected again, pages show who writes from now on; who wrote until then is shown by what they hold.
             touched = stale if _kernel.words(stale) == _kernel.words(pages) else _kernel.unite(stale, pages)
-            self._check(ConcurrentWriteError, on, image, touched)
+            self._refuse(ConcurrentWriteError, on, self._backend.differing(on, image, touched))
             own = _kernel.image_share(image)
             self._restored = True
             self._image, self._at = own, snapshot
@@ -283,9 +283,13 @@ class History:
             raise
         if verify:
             self._image = None  # nothing is known, unless all is found right
-            self._check(RestoreError, on, image, _everything(on.range))
+            differing = self._backend.differing(on, image, _everything(on.range))
+            # What is written beside the comparison will be reported like any write, and is no riddle.
+            written = self._backend.written(on) if differing.count else differing
+            seen = _kernel.unite(written, differing).pages == written.pages
+            self._refuse(ConcurrentWriteError if seen else RestoreError, on, differing)
             self._image = own
-        return ScanResult(stale, on.range, on.range.start, on.length)
+        return _answer(on, stale)
 
     def _in_turn(self, act: Callable[[Attached], _T]) -> _T:
         """Wait for other threads, and do it with the cursor.
@@ -331,12 +335,14 @@ class History:
                     self._backend.disengage_wp(on, AddressRange(start, end))
         return _kernel.unite(written, other)
 
-    def _check(
-        self, error: type[RestoreError], on: Attached, image: _kernel.ImageHandle, pages: _kernel.Result
-    ) -> None:
-        differing = self._backend.differing(on, image, pages)
+    @staticmethod
+    def _refuse(error: type[RestoreError], on: Attached, differing: _kernel.Result) -> None:
         if differing.count:
-            raise error.of(ScanResult(differing, on.range, on.range.start, on.length))
+            raise error.of(_answer(on, differing))
+
+
+def _answer(on: Attached, pages: _kernel.Result) -> ScanResult:
+    return ScanResult(pages, on.range, on.range.start, on.length)
 
 
 def _everything(where: AddressRange) -> _kernel.Result:

@@ -86,8 +86,8 @@ class TrackedRange(Cursor):
         holds must be there. Protections do not matter; a page may be opened by mprotect(2) while it is copied, as for
         `snapshot`, and one of shared memory is on every kernel.
 
-        Stop the writers. When this returns, memory was the snapshot's at one moment and every write since is seen; what
-        was written before that moment is undone. If anybody else's write is found in it, this raises.
+        Stop the writers. When this returns, there was a moment at which memory equalled the snapshot: what was written
+        before is undone, what is written later will be reported. If somebody else's write is found in it, this raises.
 
         Args:
             snapshot: Of this memory, or of any of the same length.
@@ -97,7 +97,7 @@ class TrackedRange(Cursor):
         Raises:
             ConcurrentWriteError: Somebody wrote meanwhile; some pages are not the snapshot's. Restore again.
 
-            RestoreError: *verify* found a difference.
+            RestoreError: *verify* found pages that differ, and were not reported as written.
 
             KernelError: A page that the snapshot holds cannot be written (EFAULT): `range` says which. Where it is
                 unmapped nothing was written, else what lies before it was.
@@ -175,8 +175,8 @@ class DirtyTracker:
         require: Promises that you cannot do without.
 
         on_untracked: What `collect` and `reset` do where memory has lost its registration, because it was unmapped and
-            mapped anew or moved there: "raise" NotTrackedError, or "rearm" it and report it written once. What another
-            thread maps anew as fast as a call rearms it is reported too, and left to the next call.
+            mapped anew or moved there: "raise" NotTrackedError, or "rearm" it and report it written once. Memory that
+            another thread keeps mapping anew is reported as written, and left for the next call to register.
 
     Raises:
         InvalidArgumentError: An unknown backend or policy.
@@ -213,14 +213,15 @@ class DirtyTracker:
         """Start watching *memory*. Writes after this returns are reported; earlier ones may not be.
 
         Holes in it are skipped, and what is mapped in them later is untracked. A buffer stays pinned until the range is
-        closed: an mmap cannot be closed, an array not resized. Keep the result: dropping it ends the watching.
+        closed: an mmap cannot be closed, an array not resized. What is given as addresses must stay mapped until then.
+        Keep the result: dropping it ends the watching.
 
         Args:
             memory: Page aligned. Private anonymous memory works everywhere; shared memory since Linux 5.19, files since
                 6.7.
 
         Raises:
-            AlignmentError: It does not begin and end on page boundaries; the message says what does.
+            AlignmentError: It does not begin and end on page boundaries. The hint says how to get memory that does.
 
             AlreadyRegisteredError: Part of it is tracked already (EBUSY).
 

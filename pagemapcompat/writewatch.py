@@ -29,11 +29,10 @@ from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import probe
 from pagemapcompat.refusals import mappings
 from pagemapcompat.results import ScanResult
+from pagemapcompat.tracker import TrackedRange
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from pagemapcompat.tracker import TrackedRange
 
 WRITE_WATCH_GRANULARITY = 1 << 12
 """What Windows counts in, whatever the host's page size."""
@@ -134,18 +133,25 @@ _NOTHING = WrittenAddresses(memoryview(b"").cast("Q"), 0, 0, complete=True)
 
 @attrs.frozen(kw_only=True)
 class WriteWatchAnswer:
-    """What a guest's call is answered with."""
+    """What a guest's call is answered with.
+
+    Attributes:
+        status: What the call returns: 0, or 0xFFFFFFFF.
+
+        error: For SetLastError, which only a failure calls.
+
+        addresses: For the guest's array, whose other slots stay as they are.
+
+        count: For *lpdwCount; None leaves it as it is.
+
+        granularity: For *lpdwGranularity; None leaves it as it is.
+    """
 
     status: int
-    """What the call returns: 0, or 0xFFFFFFFF."""
     error: Win32Error
-    """For SetLastError, which only a failure calls."""
     addresses: WrittenAddresses = _NOTHING
-    """For the guest's array, whose other slots stay as they are."""
     count: int | None = None
-    """For *lpdwCount; None leaves it as it is."""
     granularity: int | None = None
-    """For *lpdwGranularity; None leaves it as it is."""
 
 
 def _failed(error: Win32Error) -> WriteWatchAnswer:
@@ -179,6 +185,10 @@ class WriteWatch:
     """
 
     def __init__(self, ram: TrackedRange, *, base: int | None = None) -> None:
+        if not isinstance(ram, TrackedRange):
+            error = TypeError(f"{type(ram).__name__} is no tracked memory")
+            error.add_note("hint: give what DirtyTracker.track() returned")
+            raise error
         whole = ram.range
         self.base: int = whole.start if base is None else base
         self.size: int = _up(len(ram), WRITE_WATCH_GRANULARITY)

@@ -53,6 +53,7 @@ from pagemapcompat import (
     probe,
 )
 from pagemapcompat.registrations import registered
+from pagemapcompat.writewatch import WriteWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -232,7 +233,7 @@ OPERATIONS: list[Callable[..., Any]] = [
 @BACKENDS
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda function: function.__name__)
 def test_offsets(bystander: Bystander, operation: Callable[..., Any]) -> None:
-    """Unaligned, negative, beyond the end, backwards: refused by every operation, and nothing is taken or forgotten."""
+    """Unaligned, negative, beyond the end, backwards, an address: every operation refuses, and nothing is taken."""
     memory = private(4)
     ram = bystander.tracker.track(memory)
     wrote = write(memory, 0, 2)
@@ -240,10 +241,38 @@ def test_offsets(bystander: Bystander, operation: Callable[..., Any]) -> None:
         with bystander.refused(kind, named):
             operation(ram, start, stop)
     assert pages_of(ram.collect()) == wrote
-    with pytest.raises(TypeError):
-        operation(ram, "0")
-    with pytest.raises(TypeError):
-        operation(ram, 0.0)
+    with bystander.refused(InvalidArgumentError, f"start={ram.range.start}"):
+        operation(ram, ram.range.start)
+    assert pages_of(ram.collect()) == set()
+
+
+@BACKENDS
+def test_wrong_types(bystander: Bystander) -> None:
+    """A TypeError that says what to give, and nothing is taken or forgotten."""
+    memory = private(4)
+    ram = bystander.tracker.track(memory)
+    wrote = write(memory, 0, 2)
+    calls: list[tuple[Callable[[], Any], str]] = [
+        *((lambda operation=operation: operation(ram, "0"), "start='0'") for operation in OPERATIONS),
+        *((lambda operation=operation: operation(ram, 0, 1.0), "stop=1.0") for operation in OPERATIONS),
+        (lambda: ram.peek(max_pages=1.5), "max_pages=1.5"),  # type: ignore[arg-type]
+        (lambda: ram.peek().fill_bitmap([0]), "bytearray(1)"),  # type: ignore[arg-type]
+        (lambda: ram.restore(b"memory"), "TrackedRange.snapshot()"),  # type: ignore[arg-type]
+        (lambda: bystander.tracker.track(ram), "its range"),  # type: ignore[arg-type]
+        (lambda: bystander.tracker.track("memory"), "AddressRange"),  # type: ignore[arg-type]
+        (lambda: WriteWatch(memory), "DirtyTracker.track()"),  # type: ignore[arg-type]
+        (lambda: DirtyTracker(require="EXACT"), "Guarantee.EXACT"),  # type: ignore[arg-type]
+    ]
+    for call, wanted in calls:
+        with pytest.raises(TypeError) as caught:
+            call()
+        (note,) = caught.value.__notes__
+        assert note.startswith("hint: ")
+        assert wanted in note
+    with pytest.raises(KeyError) as missing:
+        probe().require("pagemap-scan")  # type: ignore[arg-type]
+    assert "Feature('pagemap-scan')" in missing.value.__notes__[0]
+    assert pages_of(ram.collect()) == wrote
 
 
 @BACKENDS

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import mmap
+import os
 import random
 import sys
 import threading
@@ -31,9 +32,11 @@ from pagemapcompat import (
     KernelError,
     NotTrackedError,
     PagemapCompatError,
+    RestoreError,
     Snapshot,
     TrackedRange,
     _kernel,
+    snapshots,
 )
 
 pytestmark = pytest.mark.kernel
@@ -490,9 +493,9 @@ def test_other_memory(tracker: DirtyTracker) -> None:
     with pytest.raises(InvalidArgumentError):
         snapshot.diff(unlike.snapshot())
     no_snapshot: Any = "file"
-    with pytest.raises(TypeError, match="'file' is no snapshot"):
+    with pytest.raises(TypeError, match="str is no snapshot"):
         ram.restore(no_snapshot)
-    with pytest.raises(TypeError, match="'file' is no snapshot"):
+    with pytest.raises(TypeError, match="str is no snapshot"):
         snapshot.diff(no_snapshot)
 
 
@@ -779,6 +782,37 @@ def test_writers_are_found_out(flavour: Flavour) -> None:
                 assert memory[:] == content, known
 
     in_child(scenario)
+
+
+def test_a_write_beside_the_comparison_is_no_riddle(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported like any other; one through another mapping, which nobody reports, is a RestoreError."""
+    need_shared()
+    with open(os.memfd_create("twice"), "w+b") as file:
+        file.truncate(PAGES * PAGE)
+        memory, other = (mmap.mmap(file.fileno(), PAGES * PAGE) for _ in range(2))
+    write(memory, 1, 2, 3)
+    ram = tracker.track(memory)
+    first = ram.snapshot()
+    everything = snapshots._everything
+    for writers, error in (
+        ((memory,), ConcurrentWriteError),
+        ((other,), RestoreError),
+        ((memory, other), RestoreError),
+    ):
+
+        def beside(where: AddressRange, writers: tuple[mmap.mmap, ...] = writers) -> _kernel.Result:
+            for page, writer in enumerate(writers):
+                write(writer, page)
+            return everything(where)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshots, "_everything", beside)
+            with pytest.raises(RestoreError) as caught:
+                ram.restore(first, verify=True)
+        assert type(caught.value) is error
+        assert caught.value.differing is not None
+        assert pages_of(caught.value.differing) == set(range(len(writers)))
+        ram.restore(first, verify=True)
 
 
 def test_threads(flavour: Flavour) -> None:
