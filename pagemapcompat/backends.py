@@ -475,11 +475,6 @@ class Backend:
     # -- Life ---------------------------------------------------------------------------------------------------
 
     @property
-    def is_alive(self) -> bool:
-        """Whether it is open, and this process's own."""
-        return _kernel.tracker_state(self._handle) in (0, -_kernel.EFAULTTHREAD)
-
-    @property
     def is_inherited(self) -> bool:
         """Whether this process was forked from the one that made it."""
         return os.getpid() != self._pid

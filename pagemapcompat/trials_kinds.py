@@ -40,7 +40,7 @@ def _memfd() -> Iterator[int]:
 @contextmanager
 def _hugetlb() -> Iterator[int]:
     # No page is taken from the reserve, which may well be empty.
-    flags = PRIVATE | _kernel.MAP_HUGETLB | _kernel.MAP_NORESERVE
+    flags = PRIVATE | _kernel.MAP_HUGETLB
     with mapping(huge_page_size(), flags) as (at, _):
         yield at
 

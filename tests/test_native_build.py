@@ -32,6 +32,17 @@ def test_every_file_is_built() -> None:
     assert sorted(ROOT / name for name in extension["sources"]) == SOURCES
 
 
+def test_lines_fit() -> None:
+    """120 columns, as in Python, with tabs of eight: what no compiler says."""
+    long = [
+        f"{path.name}:{number}"
+        for path in NATIVE.glob("*.[ch]")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line.expandtabs(8)) > 120
+    ]
+    assert long == []
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_no_warning(compiler: str) -> None:
     """With what gcc and clang can warn of and means something here; no include path leads to Python.

@@ -1,10 +1,12 @@
 // Copying between memory and images: capture, restore, compare.
 //
-// Memory is read and written through the kernel, never by a load or a store: a page that another thread has just protected,
-// unmapped or made a guard page is then an answer and not a SIGSEGV. process_vm_writev(2) takes many pages in one call and obeys their
-// protection; what it refuses is tried by force. It looks up and pins each page of the remote side, and copies from the local side as write(2) does
-// (mm/process_vm_access.c), so the remote side is a buffer of ours, which is one huge page where there are any: that takes a third of
-// what process_vm_readv(2) takes the natural way round. To write to memory the two change places.
+// Memory is read and written through the kernel, never by a load or a store: a page that another thread has just
+// protected, unmapped or made a guard page is then an answer and not a SIGSEGV. process_vm_writev(2) and
+// process_vm_readv(2) move many pages a call and obey their protection; what they refuse is tried by force. They look
+// up and pin each page of the remote side, and touch the local side as write(2) does (mm/process_vm_access.c). So
+// memory is always the local side, and the remote side is a buffer of ours, one huge page where there are any, which
+// takes a third of what the other way round does: memory is read by process_vm_writev, into the buffer, and written by
+// process_vm_readv, from it.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -25,8 +27,8 @@
 // What is known of a page before it is read.
 enum { MAY_HOLD, IS_EMPTY, IS_NOT_THERE };
 
-// One job: pages are gathered into batches, each of which is one call. Its memory stays with the tracker, for it takes longer to get than
-// a few pages to copy.
+// One job: pages are gathered into batches, each of which is one call. Its memory stays with the tracker, for it takes
+// longer to get than a few pages to copy.
 struct copier {
 	struct pmc_range *range;
 	struct pmc_tracker *tracker;
@@ -75,7 +77,7 @@ static int refused(struct copier *copier, uint64_t address, int error)
 }
 
 // What a function said that fails for want of memory alone.
-static int stored(struct copier *copier, int rc)
+static int check_memory(struct copier *copier, int rc)
 {
 	if (rc)
 		copier->tracker->operation = "malloc";
@@ -94,7 +96,8 @@ static int by_mem(struct copier *copier, uint64_t address, void *bytes)
 	}
 	ssize_t got;
 	do
-		got = copier->write ? pwrite(copier->mem, bytes, size, (off_t)address) : pread(copier->mem, bytes, size, (off_t)address);
+		got = copier->write ? pwrite(copier->mem, bytes, size, (off_t)address) :
+				      pread(copier->mem, bytes, size, (off_t)address);
 	while (got < 0 && errno == EINTR);
 	return got < 0 && errno == ENOMEM ? -ENOMEM : got == (ssize_t)size;
 }
@@ -123,7 +126,8 @@ static int force(struct copier *copier, uint64_t address, void *bytes)
 	return mprotect(unit, size, vma.protection) ? refused_by(copier, "mprotect", address, -errno) : rc;
 }
 
-// Whether a page is empty and must stay so: it cannot carry a mark, and populated by a read it would count as written. Or -errno.
+// Whether a page is empty and must stay so: it cannot carry a mark, and populated by a read it would count as written.
+// Or -errno.
 static int must_stay_empty(struct copier *copier, uint64_t address)
 {
 	struct pmc_tracker *tracker = copier->tracker;
@@ -198,8 +202,12 @@ static int flush(struct copier *copier)
 	int rc = 0;
 	while (done < copier->count && !rc) {
 		struct iovec *memory = copier->memory + piece;
-		const struct iovec buffer = { buffer_at(copier, done), (size_t)(copier->count - done) << copier->page_shift };
-		// Not by the C library's functions: a sanitizer takes their local side for this program's own loads and stores.
+		const struct iovec buffer = {
+			.iov_base = buffer_at(copier, done),
+			.iov_len = (size_t)(copier->count - done) << copier->page_shift,
+		};
+		// Not by the C library's functions: a sanitizer takes their local side for this program's own loads and
+		// stores.
 		long got = syscall(copier->write ? SYS_process_vm_readv : SYS_process_vm_writev, getpid(), memory,
 				   copier->pieces - piece, &buffer, 1, 0);
 		uint64_t pages = got > 0 ? (uint64_t)got >> copier->page_shift : 0;
@@ -238,7 +246,8 @@ static int add(struct copier *copier, uint64_t page)
 
 // ---- What holds anything ------------------------------------------------------------------------------------
 
-// An empty page that is write-protected shows as a swapped one. Where there is no swap, and nothing is in memory, it is that.
+// An empty page that is write-protected shows as a swapped one. Where there is no swap, and nothing is in memory, it is
+// that.
 static void look_for_marks(struct copier *copier, uint64_t start, uint64_t count, unsigned char *known)
 {
 	const uint64_t *words = copier->tracker->words;
@@ -362,8 +371,7 @@ static struct copier *copier_of(struct pmc_tracker *tracker)
 	}
 	struct copier *copier = tracker->copier;
 	uint64_t buffer = align_up((uint64_t)(uintptr_t)copier + header, size);
-	// What one page table of the lowest level maps, which is a huge page.
-	if (!copier->buffer && size == page_size_of(tracker) * (page_size_of(tracker) / sizeof(uint64_t)))
+	if (!copier->buffer && size == huge_size_of(tracker))
 		(void)pmc_madvise(buffer, buffer + size, MADV_HUGEPAGE);
 	memset(copier, 0, offsetof(struct copier, memory));
 	copier->buffer = (unsigned char *)(uintptr_t)buffer;
@@ -392,12 +400,13 @@ static int begin(struct copier **ret, struct pmc_range *range, struct pmc_result
 	return 0;
 }
 
-// What was unmapped is in no scan: [from, to) is made missing in the image that is made, and must be so in one that is restored.
+// What was unmapped is in no scan: [from, to) is made missing in the image that is made, and must be so in one that is
+// restored.
 static int gap(struct copier *copier, uint64_t start, uint64_t end)
 {
 	uint64_t from = page_index(copier->range, start), to = page_index(copier->range, end);
 	if (copier->image)
-		return stored(copier, pmc_image_clear(copier->image, from, to, PMC_MISSING));
+		return check_memory(copier, pmc_image_clear(copier->image, from, to, PMC_MISSING));
 	uint64_t page = pmc_image_first_there(copier->given, from, to);
 	return page == to ? 0 : refused(copier, copier->range->start + (page << copier->page_shift), -EFAULT);
 }
@@ -427,7 +436,8 @@ static int copy_regions(struct copier *copier, const struct page_region *regions
 {
 	struct pmc_tracker *tracker = copier->tracker;
 	struct pmc_result *result = copier->result;
-	// What is copied must be seen to change from then on, and of what comes to a bare unit and is discarded again nothing is.
+	// What is copied must be seen to change from then on, and of what comes to a bare unit and is discarded again
+	// nothing is.
 	int rc = copier->image && copier->range->bare ? pmc_kernel_arm_all(copier->range) : 0;
 	// A comparison is of what it is asked about alone.
 	if (!rc && (copier->image || copier->write))
@@ -445,14 +455,14 @@ static int copy_regions(struct copier *copier, const struct page_region *regions
 
 static int capture_unread(struct copier *copier, uint64_t from, uint64_t to, enum pmc_content content)
 {
-	return stored(copier, pmc_image_clear(copier->image, from, to, content));
+	return check_memory(copier, pmc_image_clear(copier->image, from, to, content));
 }
 
 static int capture_read(struct copier *copier, uint64_t page, enum pmc_content content, const unsigned char *bytes)
 {
 	if (content == PMC_HELD)
-		return stored(copier, pmc_image_load(copier->image, page, 1, bytes));
-	return stored(copier, pmc_image_clear(copier->image, page, page + 1, content));
+		return check_memory(copier, pmc_image_load(copier->image, page, 1, bytes));
+	return check_memory(copier, pmc_image_clear(copier->image, page, page + 1, content));
 }
 
 int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct page_region *regions, uint64_t count,
@@ -483,7 +493,7 @@ int pmc_restore(struct pmc_range *range, const struct pmc_image *image, const st
 static int differs(struct copier *copier, uint64_t page)
 {
 	uint64_t address = copier->range->start + (page << copier->page_shift);
-	int rc = stored(copier, pmc_result_reserve(copier->result, 1));
+	int rc = check_memory(copier, pmc_result_reserve(copier->result, 1));
 	if (rc)
 		return rc;
 	pmc_result_append(copier->result, address, address + (1ull << copier->page_shift), PAGE_IS_WRITTEN,

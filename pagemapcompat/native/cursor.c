@@ -1,7 +1,7 @@
 // Cursors: several readers of one range, each with its own idea of what is new.
 //
-// The kernel keeps one mark a page. Whoever takes a page from the engine therefore notes it for every other cursor, in the same
-// step under the tracker's mutex; a cursor's answer is what it is owed and what the engine finds now.
+// The kernel keeps one mark a page. Whoever takes a page from the engine therefore notes it for every other cursor, in
+// the same step under the tracker's mutex; a cursor's answer is what it is owed and what the engine finds now.
 #define _GNU_SOURCE
 #include <errno.h>
 
@@ -54,7 +54,8 @@ int pmc_cursor_close(struct pmc_cursor *cursor)
 	if (!cursor)
 		return 0;
 	struct pmc_tracker *tracker = cursor->range->tracker;
-	// In a forked child the mutex may be held by a thread that does not exist there, and nobody asks the other cursors.
+	// In a forked child the mutex may be held by a thread that does not exist there, and nobody asks the other
+	// cursors.
 	if (!atomic_load_explicit(tracker->alive, memory_order_relaxed))
 		return 0;
 	pthread_mutex_lock(&tracker->mutex);

@@ -1,13 +1,14 @@
 // The fault thread: resolves the write faults of a synchronous userfaultfd.
 //
-// Why a thread, and why in C. A thread that stores into a protected page sleeps in the kernel until somebody un-protects
-// it. A Python thread that does so with ram[i] = 1 sleeps holding the GIL, so whoever resolves it must need neither the GIL
-// nor anything that a thread holding the GIL may hold: no Python, no malloc, no stdio, no mutex of the tracker. What is left:
+// Why a thread, and why in C. A thread that stores into a protected page sleeps in the kernel until somebody
+// un-protects it. A Python thread that does so with ram[i] = 1 sleeps holding the GIL, so whoever resolves it must need
+// neither the GIL nor anything that a thread holding the GIL may hold: no Python, no malloc, no stdio, no mutex of the
+// tracker. What is left:
 //  - memory: the tracker's own pages, this thread's own stack. None of it can be tracked (pmc_range_create refuses).
 //  - one lock, fault_lock, which others hold only around system calls that touch nothing but the tracker's own pages.
 //  - system calls: read, pread, ioctl, futex, and those that tie it to a CPU (follow.c).
-// If one of these fails there is nobody left to wake the writers, so everything is unregistered first, which wakes
-// them and lets their stores through untracked; the next call on the tracker fails loudly.
+// If one of these fails there is nobody left to wake the writers, so everything is unregistered first, which wakes them
+// and lets their stores through untracked; the next call on the tracker fails loudly.
 //
 // The thread lives from pmc_tracker_create to pmc_tracker_close, with all signals blocked. It does not survive a fork.
 #define _GNU_SOURCE
@@ -36,20 +37,20 @@ static void log_write(struct pmc_tracker *tracker, uint64_t address)
 		}
 }
 
-struct span {
+struct stretch {
 	uint64_t start;
 	uint64_t end;
 };
 
 // Un-protects the page at *address* and wakes whoever waits there. *ret: where it woke them. 0 or -errno.
-static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *ret)
+static int resolve(struct pmc_tracker *tracker, uint64_t address, struct stretch *ret)
 {
 	uint64_t size = page_size_of(tracker);
 	uint64_t page = align_down(address, size);
 	int rc;
 
-	// Logging and un-protecting are one step for a collector, else it could take the log and protect in between: the page
-	// would end up open and unlogged.
+	// Logging and un-protecting are one step for a collector, else it could take the log and protect in between:
+	// the page would end up open and unlogged.
 	pmc_fair_lock(&tracker->fault_lock);
 	log_write(tracker, page);
 	atomic_fetch_add_explicit(&tracker->faults, 1, memory_order_relaxed); // before its writer wakes, and asks
@@ -67,11 +68,11 @@ static int resolve(struct pmc_tracker *tracker, uint64_t address, struct span *r
 		page = align_down(address, size);
 		rc = pmc_uffd_wake(tracker->uffd, page, page + size);
 	}
-	*ret = (struct span){ page, page + size };
+	*ret = (struct stretch){ page, page + size };
 	return rc;
 }
 
-static bool contains(const struct span *spans, size_t count, uint64_t address)
+static bool contains(const struct stretch *spans, size_t count, uint64_t address)
 {
 	for (size_t i = 0; i < count; i++)
 		if (address >= spans[i].start && address < spans[i].end)
@@ -79,13 +80,14 @@ static bool contains(const struct span *spans, size_t count, uint64_t address)
 	return false;
 }
 
-// Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it was called
-// with, so a descriptor that somebody closes or replaces under us makes the next ioctl fail, while poll would go to sleep on
-// whatever has the number now, and keep the old file, its registrations and their writers with it (seen on 6.18).
+// Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it
+// was called with, so a descriptor that somebody closes or replaces under us makes the next ioctl fail, while poll
+// would go to sleep on whatever has the number now, and keep the old file, its registrations and their writers with it
+// (seen on 6.18).
 static int serve(struct pmc_tracker *tracker)
 {
 	struct uffd_msg messages[MESSAGES];
-	struct span woken[MESSAGES];
+	struct stretch woken[MESSAGES];
 
 	for (;;) {
 		size_t answers = 0;
@@ -105,8 +107,9 @@ static int serve(struct pmc_tracker *tracker)
 			if (messages[i].arg.pagefault.thread_id != writer)
 				writer = 0;
 			uint64_t address = messages[i].arg.pagefault.address;
-			// Its writer was woken with the one before, and may be through: by now the page may have been collected, and
-			// opening it again would make it one that was written. A message that is not read yet goes with its writer.
+			// Its writer was woken with the one before, and may be through: by now the page may have been
+			// collected, and opening it again would make it one that was written. A message that is not
+			// read yet goes with its writer.
 			if (contains(woken, answers, address))
 				continue;
 			int rc = resolve(tracker, address, &woken[answers++]);
@@ -136,8 +139,8 @@ static void *fault_thread(void *arg)
 	return NULL;
 }
 
-// The bell is a protected page of our own. Writing to it is a fault like any other, so it gets the thread out of its read; and as the
-// thread ends only after it has answered it, whoever rings is never left standing.
+// The bell is a protected page of our own. Writing to it is a fault like any other, so it gets the thread out of its
+// read; and as the thread ends only after it has answered it, whoever rings is never left standing.
 static int hang_bell(struct pmc_tracker *tracker)
 {
 	uint64_t ioctls, size = page_size_of(tracker);
@@ -155,8 +158,9 @@ static int hang_bell(struct pmc_tracker *tracker)
 	return pmc_uffd_writeprotect(tracker->uffd, bell, bell + size, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
-// glibc is told of the upper half. It refuses one that does not hold what it puts there, the thread-local storage of the program and
-// its libraries, and 2 KiB more (nptl/allocatestack.c); the lower half is there in case that is all it leaves.
+// glibc is told of the upper half. It refuses one that does not hold what it puts there, the thread-local storage of
+// the program and its libraries, and 2 KiB more (nptl/allocatestack.c); the lower half is there in case that is all it
+// leaves.
 static int start_on_stack(struct pmc_tracker *tracker, size_t size)
 {
 	pthread_attr_t attr;
@@ -205,8 +209,8 @@ int pmc_fault_thread_start(struct pmc_tracker *tracker)
 	return 0;
 }
 
-// Not by a join with a time limit: the C libraries share none but by the clock that people set, and a limit by that is over at once, or
-// never.
+// Not by a join with a time limit: the C libraries share none but by the clock that people set, and a limit by that is
+// over at once, or never.
 static bool has_ended(struct pmc_tracker *tracker)
 {
 	struct timespec limit;
@@ -214,7 +218,8 @@ static bool has_ended(struct pmc_tracker *tracker)
 	clock_gettime(CLOCK_MONOTONIC, &limit);
 	limit.tv_sec += STOP_SECONDS;
 	do
-		rc = syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAIT_BITSET_PRIVATE, 0, &limit, NULL, FUTEX_BITSET_MATCH_ANY);
+		rc = syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAIT_BITSET_PRIVATE, 0, &limit, NULL,
+			     FUTEX_BITSET_MATCH_ANY);
 	while (!atomic_load(&tracker->thread_ended) && (!rc || errno != ETIMEDOUT));
 	return atomic_load(&tracker->thread_ended);
 }
@@ -224,12 +229,13 @@ void pmc_fault_thread_stop(struct pmc_tracker *tracker)
 	if (!tracker->thread_started)
 		return;
 	tracker->thread_started = false;
-	*(volatile char *)tracker->bell = 1;
+	*tracker->bell = 1;
 	if (has_ended(tracker)) {
 		pthread_join(tracker->thread, NULL);
 		return;
 	}
-	// It reads a file that somebody put in the place of ours, and may do so for ever. It keeps the memory it stands on.
+	// It reads a file that somebody put in the place of ours, and may do so for ever. It keeps the memory it stands
+	// on.
 	atomic_fetch_add(&tracker->references, 1);
 	pthread_detach(tracker->thread);
 }

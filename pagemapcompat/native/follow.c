@@ -1,14 +1,16 @@
 // Where the fault thread runs.
 //
-// A writer whose fault thread is on its own CPU waits for two switches of context; else each has to wake the other's CPU, which takes up
-// to 10 times as long where that is idle, or a virtual one. The scheduler leaves the thread wherever it was. So it looks where its writer
-// is, as long as there is one, and ties itself to that CPU. A look takes about as long as a fault: the first comes after a few faults, the
-// next after twice as many, in the end each LOOK_EVERY. A writer that the scheduler moves each time is left alone, and so are several that
-// take turns. The thread does not leave the CPUs that it was given: those of the thread that made the tracker, or what somebody says
-// later; unless that is the very CPU it is tied to, which looks the same.
+// If the fault thread runs on its writer's CPU a fault takes two switches of context. If not, each has to wake the
+// other's CPU, which takes up to 10 times as long where that is idle, or a virtual one; and the scheduler leaves the
+// thread wherever it was. So while there is one writer the thread looks where that runs, and ties itself to the CPU. A
+// look takes about as long as a fault: the first comes after LOOK_FIRST faults, the next after twice as many, in the
+// end each LOOK_EVERY. A writer that has moved at each look is left alone, and so are several that take turns. The
+// thread stays on the CPUs that it was given: those of the thread that made the tracker, or what somebody sets later,
+// unless that is the very CPU it is tied to, which looks the same.
 //
-// Where a thread is, /proc tells. To open a file there takes a lock of its directory, which a thread may hold that waits for this one;
-// reading a file that is open takes none but its own (fs/proc/array.c: do_task_stat, 5.10 to 6.18). So whoever scans or resets opens it.
+// Where a thread is, /proc tells. To open a file there takes a lock of its directory, which a thread may hold that
+// waits for this one; reading a file that is open takes none but its own (fs/proc/array.c: do_task_stat, 5.10 to 6.18).
+// So whoever scans or resets opens it.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -85,8 +87,8 @@ void pmc_find_writer(struct pmc_tracker *tracker)
 
 // ---- In the fault thread ------------------------------------------------------------------------------------------
 
-// The CPU that a thread last ran on, by "tid (name) state ...": the name may hold anything, and processor is the 37th field behind it
-// (proc_pid_stat(5)).
+// The CPU that a thread last ran on, by "tid (name) state ...": the name may hold anything, and processor is the 37th
+// field behind it (proc_pid_stat(5)).
 static uint32_t parse_cpu(const char *text)
 {
 	const char *at = strrchr(text, ')');

@@ -1,9 +1,11 @@
-// Images: what memory held, page by page. One that is shared never changes, and images share whatever they have in common.
+// Images: what memory held, page by page. One that is shared never changes, and images share whatever they have in
+// common.
 //
-// A tree of nodes with 8 slots over the pages. Whoever changes a page copies the nodes above it that others share, so a snapshot of a
-// few written pages costs those pages and a few nodes, a page is found in as many steps as the tree has levels however long the chain of
-// snapshots is, and two images differ only where their slots do. The slots are few because to copy a node is to count all that it holds once
-// more: with 512, as page tables have, that takes longer than to copy a page.
+// A tree of nodes with 8 slots over the pages. Whoever changes a page copies the nodes above it that others share, so a
+// snapshot of a few written pages costs those pages and a few nodes, a page is found in as many steps as the tree has
+// levels however long the chain of snapshots is, and two images differ only where their slots do. The slots are few
+// because to copy a node adds a reference to everything in it: with 512, as page tables have, that takes longer than to
+// copy a page.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -36,8 +38,9 @@ struct spares {
 	struct shared *first;
 };
 
-// Frames and nodes that nobody holds any more, for the images to come: malloc(3) would give their memory back, and it takes longer to get it
-// again than to copy a page. Whoever finds it busy goes to malloc(3), so nobody waits, not even in a child that was forked meanwhile.
+// Frames and nodes that nobody holds any more, for the images to come: malloc(3) would give their memory back, and it
+// takes longer to get it again than to copy a page. Whoever finds it busy goes to malloc(3), so nobody waits, not even
+// in a child that was forked meanwhile.
 struct pool {
 	atomic_uint references; // one for each image
 	atomic_flag busy;
@@ -190,7 +193,8 @@ static struct node *own(const struct pmc_image *image, void **slot, uint32_t lev
 	return node;
 }
 
-// The slot of a page, in nodes that are this image's alone. NULL: out of memory, and nothing reads otherwise than before.
+// The slot of a page, in nodes that are this image's alone. NULL: out of memory, and nothing reads otherwise than
+// before.
 static void **own_slot(struct pmc_image *image, uint64_t page)
 {
 	void **slot = &image->root;
@@ -307,7 +311,8 @@ static int put_whole(struct pmc_image *image, uint64_t page, void *what)
 }
 
 // Puts *what* at all pages [from, to) below *slot*, whose first page is *first*: whole slots at once.
-static int fill(const struct pmc_image *image, void **slot, uint32_t level, uint64_t first, uint64_t from, uint64_t to, void *what)
+static int fill(const struct pmc_image *image, void **slot, uint32_t level, uint64_t first, uint64_t from, uint64_t to,
+		void *what)
 {
 	uint64_t size = 1ull << (level * SLOT_BITS);
 	if (*slot == what)
@@ -332,7 +337,8 @@ static int fill(const struct pmc_image *image, void **slot, uint32_t level, uint
 int pmc_image_clear(struct pmc_image *image, uint64_t from, uint64_t to, enum pmc_content content)
 {
 	// The last slots of a tree have more room than the image has pages; nobody asks for what is there.
-	return from < to ? fill(image, &image->root, image->levels, 0, from, to, content == PMC_MISSING ? MISSING : NULL) : 0;
+	void *what = content == PMC_MISSING ? MISSING : NULL;
+	return from < to ? fill(image, &image->root, image->levels, 0, from, to, what) : 0;
 }
 
 int pmc_image_miss(struct pmc_image *image, uint64_t first, uint64_t count)
@@ -438,7 +444,8 @@ static int diff(const struct walk *walk, void *a, void *b, uint32_t level, uint6
 		return found(walk, first, first + size, PAGE_IS_WRITTEN);
 	if (!level) {
 		bool equal = !is_whole(a) && !is_whole(b) &&
-			     !memcmp(((struct frame *)a)->bytes, ((struct frame *)b)->bytes, 1ull << walk->image->page_shift);
+			     !memcmp(((struct frame *)a)->bytes, ((struct frame *)b)->bytes,
+				     1ull << walk->image->page_shift);
 		return equal ? 0 : found(walk, first, first + 1, PAGE_IS_WRITTEN);
 	}
 	int rc = 0;

@@ -1,5 +1,6 @@
-// What the C files share. Layers, each using only those before it:
-// output, image, vmas, uffd, lock, follow, fault, owed, then the engines (words, scan), then tracker, range, cursor, operations and copy.
+// What the C files share. Layers, each using only those before it: output, image, vmas, uffd, lock, follow, fault,
+// owed, then the engines (words, scan), then tracker, range, cursor, operations and copy; and query, for
+// which there need be no tracker.
 #ifndef PMC_INTERNAL_H
 #define PMC_INTERNAL_H
 
@@ -11,7 +12,7 @@
 #include "pmc.h"
 
 #define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64
-#define PMC_VECTOR (8 * PMC_REGIONS) // regions of one call of an engine: a call for each 512 takes 0.4 us more each time
+#define PMC_VECTOR (8 * PMC_REGIONS) // regions of one call of an engine: a call for each 512 takes 0.4 us more
 #define PMC_CPUS 8192 // at most; with more the fault thread stays where it is
 #define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
 #define PMC_WORDS ((32 << 10) / sizeof(uint64_t)) // 32 KiB of pagemap words: from 16 on reading gets no faster
@@ -64,7 +65,8 @@ void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, 
 		       uint32_t page_shift);
 
 // Likewise *count* regions, of which no two are one.
-void pmc_result_append_all(struct pmc_result *result, const struct page_region *regions, uint64_t count, uint32_t page_shift);
+void pmc_result_append_all(struct pmc_result *result, const struct page_region *regions, uint64_t count,
+			   uint32_t page_shift);
 
 // One bit a page. The arrays are as long as their range; callers stay inside.
 static inline bool bit_test(const uint64_t *bits, uint64_t index)
@@ -109,7 +111,7 @@ struct vma {
 	int protection; // PROT_*
 };
 
-// A cursor over /proc/PID/maps, or over smaps, which is slow but knows the page size of hugetlb mappings.
+// A reading position in /proc/PID/maps, or in smaps, which is slow but knows the page size of hugetlb mappings.
 struct vmas {
 	int fd;
 	bool query; // by PROCMAP_QUERY: nothing below is used, and an answer is never stale
@@ -131,11 +133,13 @@ void pmc_vmas_close(struct vmas *vmas);
 void pmc_vmas_refresh(struct vmas *vmas);
 // The mapping that holds *address*, or the first after it. 1: found, 0: there is none, or -errno.
 int pmc_vmas_at(struct vmas *vmas, uint64_t address, struct vma *ret);
-// Likewise of this process, where *address* is a page's. What it calls unmapped is: Linux reads mappings without their lock since
-// 6.17, and beside mprotect(2) leaves some out now and then (seen in the text, on 6.18.44); mincore(2) takes the lock.
+// Likewise of this process, where *address* is a page's. What it calls unmapped is: Linux reads mappings without their
+// lock since 6.17, and beside mprotect(2) leaves some out now and then (seen in the text, on 6.18.44); mincore(2) takes
+// the lock.
 int pmc_own_vma_at(struct vmas *vmas, uint64_t address, struct vma *ret);
-// Between two looks, of which PMC_LOOKS are taken, at mappings that another thread changes. Two threads that hand the kernel's lock of
-// the mappings to each other can keep in step, so that each look finds what the one before it did; after a few of those it sleeps.
+// Between two looks, of which PMC_LOOKS are taken, at mappings that another thread changes. Two threads that hand the
+// kernel's lock of the mappings to each other can keep in step, so that each look finds what the one before it did;
+// after a few of those it sleeps.
 void pmc_look_again(struct vmas *vmas, unsigned looks);
 
 // -- The tracker's state ------------------------------------------------------------------------------------
@@ -173,7 +177,8 @@ struct pmc_range {
 	uint64_t *bare; // units of scan.c with nothing in them, and no mark; NULL where there are none
 };
 
-// A reader of a range. Whoever takes pages from the engine owes them to all other cursors, so that each sees every write.
+// A reader of a range. Whoever takes pages from the engine owes them to all other cursors, so that each sees every
+// write.
 struct pmc_cursor {
 	struct pmc_range *range;
 	struct pmc_cursor *next; // in range->cursors
@@ -241,6 +246,12 @@ static inline uint64_t page_size_of(const struct pmc_tracker *tracker)
 	return 1ull << tracker->page_shift;
 }
 
+// What one page table of the lowest level maps, which is a huge page (PMD_SIZE).
+static inline uint64_t huge_size_of(const struct pmc_tracker *tracker)
+{
+	return page_size_of(tracker) * (page_size_of(tracker) / sizeof(uint64_t));
+}
+
 static inline uint64_t page_index(const struct pmc_range *range, uint64_t address)
 {
 	return (address - range->start) >> range->tracker->page_shift;
@@ -259,16 +270,18 @@ static inline const struct piece *pmc_piece_at(const struct pmc_range *range, ui
 	return piece;
 }
 
-// pmc_own_vma_at() in the tracker's own cursor; under the mutex. A failure is the call's.
+// pmc_own_vma_at() from the tracker's own reading position; under the mutex. A failure is the call's.
 int pmc_find_vma(struct pmc_tracker *tracker, uint64_t address, struct vma *ret);
 
 // -- uffd.c -------------------------------------------------------------------------------------------------
 
 int pmc_uffd_wake(int uffd, uint64_t start, uint64_t end);
-// Whether the page at *address*, *size* bytes, has a userfaultfd: 1, 0 or -errno. Changes nothing, whatever the page holds.
+// Whether the page at *address*, *size* bytes, has a userfaultfd: 1, 0 or -errno. Changes nothing, whatever the page
+// holds.
 int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, uint64_t size);
-// Protects (or un-protects) every mapping in [start, end), which lies in one piece of pages of 1 << unit_shift bytes, holes
-// skipped. -ENOENT: *untracked is the first address that is mapped and not registered; everything before it is done.
+// Protects (or un-protects) every mapping in [start, end), which lies in one piece of pages of 1 << unit_shift bytes,
+// holes skipped. -ENOENT: *untracked is the first address that is mapped and not registered; everything before it is
+// done.
 int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint32_t unit_shift, int protect,
 		uint64_t *untracked);
 // Unregisters what is in [start, end), whatever else has been mapped there since, and wakes its waiters.
@@ -286,7 +299,8 @@ void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *befor
 
 // Before the fault thread is started.
 void pmc_follower_start(struct follower *follower);
-// Opens what the fault thread has to read to follow its writer, if it has asked. Under the mutex; not in the fault thread.
+// Opens what the fault thread has to read to follow its writer, if it has asked. Under the mutex; not in the fault
+// thread.
 void pmc_find_writer(struct pmc_tracker *tracker);
 // After the faults of *thread*, or 0 for several. In the fault thread alone.
 void pmc_follow(struct pmc_tracker *tracker, uint32_t thread);
@@ -304,10 +318,11 @@ void pmc_cursor_settle(struct pmc_cursor *cursor, uint64_t start, uint64_t end);
 // Owes [start, end) to every cursor of the range but *except*.
 void pmc_owe_others(struct pmc_range *range, uint64_t start, uint64_t end, const struct pmc_cursor *except);
 
-// -- The engines: each answers pm_scan_arg as PAGEMAP_SCAN would (and owes what it took and cannot put there), for one piece of a range, always asked for
-//    PAGE_IS_WRITTEN alone. Their walk_end is right on every return: all before it is answered, and with
-//    PM_SCAN_WP_MATCHING protected. -ENOENT: the memory at walk_end is mapped and not registered. ------------
+// -- The engines --------------------------------------------------------------------------------------------
 
+// Each answers pm_scan_arg as PAGEMAP_SCAN would, for one piece of a range, always asked for PAGE_IS_WRITTEN alone, and
+// owes what it took and cannot put there. Their walk_end is right on every return: all before it is answered, and with
+// PM_SCAN_WP_MATCHING protected. -ENOENT: the memory at walk_end is mapped and not registered.
 int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
 int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
 		    uint64_t *walk_end);
@@ -318,13 +333,15 @@ int pmc_words_next_untracked(struct pmc_range *range, uint64_t start, uint64_t e
 int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_shift, uint32_t page_shift,
 		   uint64_t *words);
 // Likewise of this process; a failure is the call's. -EBADF: the tracker's descriptor is another file's.
-int pmc_own_words_read(struct pmc_tracker *tracker, uint64_t start, uint64_t count, uint32_t unit_shift, uint64_t *words);
+int pmc_own_words_read(struct pmc_tracker *tracker, uint64_t start, uint64_t count, uint32_t unit_shift,
+		       uint64_t *words);
 
 // Its vector is tracker->regions.
 int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
 // Bytes of range->bare, one bit a unit; 0 where units do not pay, or cannot be told from others.
 size_t pmc_kernel_bare_size(const struct pmc_range *range);
-// Takes all units for bare that lie in barred private memory of the range as a whole. Once, before its first reset. 0 or -errno.
+// Takes all units for bare that lie in barred private memory of the range as a whole. Once, before its first reset. 0
+// or -errno.
 int pmc_kernel_bare_all(struct pmc_range *range);
 // Arms all units, for good. 0 or -errno.
 int pmc_kernel_arm_all(struct pmc_range *range);
@@ -338,7 +355,8 @@ int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t 
 int pmc_enter(struct pmc_tracker *tracker);
 // Likewise for one that never takes fault_lock: it may fault, and so is never refused for what is tracked.
 int pmc_enter_briefly(struct pmc_tracker *tracker);
-// Whether [start, end) has a page that this thread may store into during a call: of its stack, or of what the C library keeps for it.
+// Whether [start, end) has a page that this thread may store into during a call: of its stack, or of what the C library
+// keeps for it.
 bool pmc_is_callers(uint64_t start, uint64_t end);
 // Ends it, and returns *rc*.
 int pmc_leave(struct pmc_tracker *tracker, int rc, struct pmc_result *result);
@@ -347,13 +365,15 @@ void pmc_tracker_put(struct pmc_tracker *tracker);
 
 // -- range.c; all under the tracker's mutex ---------------------------------------------------------------------
 
-// pmc_pages_alloc() outside of all that is tracked, and of [start, end), which is about to be. The kernel may put a mapping into a hole of
-// tracked memory, where a rearm would protect it: then nobody could answer a fault of who holds fault_lock.
+// pmc_pages_alloc() outside of all that is tracked, and of [start, end), which is about to be. The kernel may put a
+// mapping into a hole of tracked memory, where a rearm would protect it: then nobody could answer a fault of who holds
+// fault_lock.
 void *pmc_own_pages(struct pmc_tracker *tracker, uint64_t start, uint64_t end, size_t size);
 int pmc_engine_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
 // Protects [start, end), whatever its pieces. *walk_end: done up to there.
 int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uint64_t *walk_end);
-// Registers [start, end), and finds out what kinds of memory there are. -EINVAL: nothing, or nothing that can be registered.
+// Registers [start, end), and finds out what kinds of memory there are. -EINVAL: nothing, or nothing that can be
+// registered.
 int pmc_register_stretch(struct pmc_range *range, uint64_t start, uint64_t end);
 int pmc_range_close_locked(struct pmc_range *range);
 // Drops a reference; the last one frees.

@@ -1,8 +1,8 @@
 // The operations: peek, collect, reset, unprotect, rearm; the same for both engines.
 //
-// A scan alternates between two sources: pages that are owed to its cursor, because an earlier scan took them for another one or
-// could not hand them over, and pages that the engine finds. Room for an answer is made before the engine is called, so nothing that was
-// taken is ever without a place.
+// A scan alternates between two sources: pages that are owed to its cursor, because an earlier scan took them for
+// another one or could not hand them over, and pages that the engine finds. Room for an answer is made before the
+// engine is called, so nothing that was taken is ever without a place.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -39,16 +39,16 @@ static bool is_alone(const struct pmc_cursor *cursor)
 	return cursor->range->cursors == cursor && !cursor->next;
 }
 
-// Registers and protects [start, end), and counts it as written for all cursors: where nothing shows marks, nothing else tells what is
-// written to it if that fails half-way. Who resets has settled its own debt by the end.
+// Registers and protects [start, end), and counts it as written for all cursors: where nothing shows marks, nothing
+// else tells what is written to it if that fails half-way. Who resets has settled its own debt by the end.
 static int rearm(struct pmc_range *range, uint64_t start, uint64_t end)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	uint64_t walk_end;
 	int rc = pmc_register_stretch(range, start, end);
 	const char *operation = tracker->operation;
-	// What is mapped from here on is not registered, so nothing is protected that was not counted. A registration that fails may
-	// have been made in part.
+	// What is mapped from here on is not registered, so nothing is protected that was not counted. A registration
+	// that fails may have been made in part.
 	int owed = pmc_owe_mapped(range, start, end);
 	if (rc)
 		tracker->operation = operation;
@@ -56,8 +56,8 @@ static int rearm(struct pmc_range *range, uint64_t start, uint64_t end)
 	return rc ? rc : pmc_reset_stretch(range, start, end, &walk_end);
 }
 
-// Rearms the first untracked stretch of [start, end), which is in *result* then. 1: there was one, and it is armed, or owed and not
-// tracked as before; 0: there was none; or -errno.
+// Registers and protects the first untracked stretch of [start, end), and puts it in *result*. 1: there was one; by now
+// it is tracked, or unmapped, or mapped anew at once and owed to all cursors. 0: there was none. Or -errno.
 static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result)
 {
 	struct pmc_tracker *tracker = range->tracker;
@@ -82,8 +82,8 @@ static int rearm_next(struct pmc_range *range, uint64_t start, uint64_t end, str
 	}
 }
 
-// What it means that memory is not registered: -ENOENT, or that the userfaultfd is somebody else's file, and the kernel let go of
-// everything with ours.
+// What it means that memory is not registered: -ENOENT, or that the userfaultfd is somebody else's file, and the kernel
+// let go of everything with ours.
 static int not_registered(struct pmc_tracker *tracker)
 {
 	uint64_t page = (uint64_t)(uintptr_t)tracker->unreadable;
@@ -102,8 +102,8 @@ struct refusals {
 	uint64_t left_until; // or 0: the memory up to there stays untracked, and is owed
 };
 
-// Somebody maps the memory at *pos* anew whenever it is registered. It is left as it is, for the next call will find that: until
-// then all of it counts as written.
+// Somebody maps the memory at *pos* anew whenever it is registered. It is left as it is, for the next call will find
+// that: until then all of it counts as written.
 static int leave_untracked(struct pmc_range *range, uint64_t pos, uint64_t end, uint64_t *until)
 {
 	uint64_t from;
@@ -114,7 +114,7 @@ static int leave_untracked(struct pmc_range *range, uint64_t pos, uint64_t end, 
 		uint64_t unit = 1ull << pmc_piece_at(range, pos)->page_shift;
 		*until = min_u64(end, align_down(pos, unit) + unit);
 	}
-	if (range->log) { // mappings change while they are looked at: some of it may be registered by now, and open
+	if (range->log) { // since it was looked at some of it may have been registered, and be open
 		sigset_t signals;
 		pmc_hold_fault_thread(range->tracker, &signals);
 		pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *until), true);
@@ -132,8 +132,9 @@ static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uin
 	struct vma vma;
 	if (refusals->at != pos)
 		*refusals = (struct refusals){ .at = pos };
+	uint64_t *from = &result->untracked_start, *to = &result->untracked_end;
 	int rc = flags & PMC_REARM ? rearm_next(range, pos, end, result) :
-				     pmc_next_untracked(range, pos, end, &result->untracked_start, &result->untracked_end);
+				     pmc_next_untracked(range, pos, end, from, to);
 	if (rc < 0)
 		return rc;
 	if (rc && !(flags & PMC_REARM))
@@ -199,7 +200,8 @@ static void drain(struct pmc_cursor *cursor, int rc, bool engaged, struct pmc_re
 	memset(tracker->regions, 0, count * sizeof(*tracker->regions));
 }
 
-// Takes what was written of [start, end), which lies in one piece, for the other cursors alone. *walk_end: done up to there.
+// Takes what was written of [start, end), which lies in one piece, for the other cursors alone. *walk_end: done up to
+// there.
 static int take_for_others(struct pmc_cursor *cursor, const struct piece *piece, uint64_t start, uint64_t end,
 			   uint64_t *walk_end)
 {
@@ -221,7 +223,8 @@ static bool make_room(struct pmc_tracker *tracker, struct pmc_result *result, ui
 }
 
 // Hands out the owed pages [start, end). *walk_end: done up to there.
-static int pay(struct pmc_cursor *cursor, uint64_t start, uint64_t end, bool engage, struct pmc_result *result, uint64_t *walk_end)
+static int pay(struct pmc_cursor *cursor, uint64_t start, uint64_t end, bool engage, struct pmc_result *result,
+	       uint64_t *walk_end)
 {
 	struct pmc_tracker *tracker = cursor->range->tracker;
 	struct vma vma;
@@ -257,6 +260,23 @@ static int take_owed(struct pmc_cursor *cursor, const struct piece *piece, uint6
 	int failed = engage ? take_for_others(cursor, piece, start, end, &done) : 0;
 	int rc = pay(cursor, start, done, engage, result, walk_end);
 	return rc ? rc : failed;
+}
+
+// Whether the page at *start* is owed to the cursor, and up to where, at most *end*, the next ones are as it is.
+static bool is_owed(const struct pmc_cursor *cursor, const struct piece *piece, uint64_t start, uint64_t *end)
+{
+	const struct pmc_range *range = cursor->range;
+	if (!cursor->owed_count)
+		return false;
+	uint64_t first = page_index(range, start), last = page_index(range, *end);
+	uint64_t next = pmc_bits_find(cursor->owed, first, last, true);
+	bool owed = next == first;
+	if (owed)
+		next = pmc_bits_find(cursor->owed, first, last, false);
+	*end = range->start + (next << range->tracker->page_shift);
+	if (owed)
+		*end = align_up(*end, 1ull << piece->page_shift);
+	return owed;
 }
 
 // Where the first page of [start, end) is that is owed and was not unmapped since, or end.
@@ -328,30 +348,23 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 		}
 		if (!make_room(tracker, result, min_u64(PMC_VECTOR, ((end - pos) >> shift) / 2 + 1)))
 			break;
-		if (cursor->owed_count) {
-			uint64_t first = page_index(range, pos), last = page_index(range, limit);
-			uint64_t owed = pmc_bits_find(cursor->owed, first, last, true);
-			if (owed == first) {
-				limit = range->start + (pmc_bits_find(cursor->owed, first, last, false) << shift);
-				limit = align_up(limit, 1ull << piece->page_shift);
-				if (max_pages)
-					limit = min_u64(limit, pos + max_u64(align_down(left << shift, 1ull << piece->page_shift),
-									     1ull << piece->page_shift));
-				if (pos < refusals.left_until)
-					rc = pay(cursor, pos, min_u64(limit, refusals.left_until), engage, result, &walk_end);
-				else
-					rc = take_owed(cursor, piece, pos, limit, engage, result, &walk_end);
-				if (walk_end == pos && !rc)
-					break;
-				pos = walk_end;
-				goto check;
+		if (is_owed(cursor, piece, pos, &limit)) {
+			uint64_t unit = 1ull << piece->page_shift;
+			if (max_pages)
+				limit = min_u64(limit, pos + max_u64(align_down(left << shift, unit), unit));
+			if (pos < refusals.left_until) {
+				limit = min_u64(limit, refusals.left_until);
+				rc = pay(cursor, pos, limit, engage, result, &walk_end);
+			} else {
+				rc = take_owed(cursor, piece, pos, limit, engage, result, &walk_end);
 			}
-			limit = range->start + (owed << shift);
+			if (walk_end == pos && !rc)
+				break;
+		} else {
+			rc = run_engine(range, piece, pos, limit, left, PMC_VECTOR, engage, &walk_end);
+			drain(cursor, rc, engage, result);
 		}
-		rc = run_engine(range, piece, pos, limit, left, PMC_VECTOR, engage, &walk_end);
-		drain(cursor, rc, engage, result);
 		pos = walk_end;
-check:
 		if (rc == -ENOENT && engage)
 			rc = untracked_at(range, pos, end, flags, &refusals, result);
 		if (rc < 0)

@@ -88,7 +88,8 @@ void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, 
 	result->pages += (end - start) >> page_shift;
 }
 
-void pmc_result_append_all(struct pmc_result *result, const struct page_region *regions, uint64_t count, uint32_t page_shift)
+void pmc_result_append_all(struct pmc_result *result, const struct page_region *regions, uint64_t count,
+			   uint32_t page_shift)
 {
 	uint64_t bytes = 0;
 	if (!count)
@@ -121,7 +122,8 @@ int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, cons
 		const struct page_region *next = first ? &a->regions[i++] : &b->regions[k++];
 		uint64_t done = result->count ? result->regions[result->count - 1].end : 0;
 		if (next->end > done)
-			pmc_result_append(result, max_u64(next->start, done), next->end, PAGE_IS_WRITTEN, pmc_page_shift());
+			pmc_result_append(result, max_u64(next->start, done), next->end, PAGE_IS_WRITTEN,
+					  pmc_page_shift());
 	}
 	result->walk_end = max_u64(a->walk_end, b->walk_end);
 	return 0;
@@ -171,7 +173,8 @@ static inline void set_page(const struct bitmap *bitmap, const struct page_regio
 static void set_run(const struct bitmap *bitmap, const struct page_region *region)
 {
 	unsigned char *bits = bitmap->bits;
-	uint64_t from = (region->start - bitmap->base) >> bitmap->page_shift, to = (region->end - bitmap->base) >> bitmap->page_shift;
+	uint64_t from = (region->start - bitmap->base) >> bitmap->page_shift;
+	uint64_t to = (region->end - bitmap->base) >> bitmap->page_shift;
 	for (; from < to && from % 8; from++)
 		bits[from / 8] |= (unsigned char)(1u << (from % 8));
 	if (to - from >= 8) {
@@ -182,7 +185,8 @@ static void set_run(const struct bitmap *bitmap, const struct page_region *regio
 		bits[from / 8] |= (unsigned char)(1u << (from % 8));
 }
 
-int64_t pmc_fill_bitmap(const struct pmc_result *result, uint64_t base, uint64_t length, unsigned char *bits, uint64_t size)
+int64_t pmc_fill_bitmap(const struct pmc_result *result, uint64_t base, uint64_t length, unsigned char *bits,
+			uint64_t size)
 {
 	const struct page_region *region = result->regions, *end = result->count ? region + result->count : region;
 	const struct bitmap bitmap = { bits, base, pmc_page_shift() };
@@ -191,7 +195,8 @@ int64_t pmc_fill_bitmap(const struct pmc_result *result, uint64_t base, uint64_t
 	if (size < (align_up(length, page) / page + 7) / 8)
 		return -EINVAL;
 	while (end - region >= 4) {
-		// Where pages are written here and there nearly all regions are one, and four of those take little longer than one.
+		// Where pages are written here and there nearly all regions are one, and four of those take little
+		// longer than one.
 		if ((region[0].end - region[0].start == page) & (region[1].end - region[1].start == page) &
 		    (region[2].end - region[2].start == page) & (region[3].end - region[3].start == page)) {
 			set_page(&bitmap, &region[0]);

@@ -1,4 +1,5 @@
-// What is owed to each cursor: pages that were taken from the engine, and that it has not been told of. All under the tracker's mutex.
+// What is owed to each cursor: pages that were taken from the engine, and that it has not been told of. All under the
+// tracker's mutex.
 #include "internal.h"
 
 void pmc_cursor_owe(struct pmc_cursor *cursor, uint64_t start, uint64_t end)

@@ -1,9 +1,10 @@
 // pagemapcompat's C core: which pages of this process's memory were written since they were last asked for.
 //
-// It knows nothing of Python. Every function returns 0 or more, or a negative error: -errno of the call named
-// in pmc_result.operation, or one of PMC_E*. Nothing is printed, there is no global state, and nothing aborts.
-// A tracker or range that is NULL counts as closed. Unless its comment says otherwise a function may be called by any thread of the process that created the
-// object, and may block on the tracker's mutex while another call runs, never on a page fault that needs the caller.
+// It knows nothing of Python. Every function returns 0 or more, or a negative error: -errno of the call named in
+// pmc_result.operation, or one of PMC_E*. Nothing is printed, there is no global state, and nothing aborts. A tracker
+// or range that is NULL counts as closed. Unless its comment says otherwise a function may be called by any thread of
+// the process that created the object, and may block on the tracker's mutex while another call runs, never on a page
+// fault that needs the caller.
 //
 // This header is read by the C compiler and, without its preprocessor lines, by cffi.
 #ifndef PMC_H
@@ -43,8 +44,8 @@
 #define PMC_KIND_FILE (1u << 2) // private mapping of a file, or shared one of a regular file
 #define PMC_KIND_HUGETLB (1u << 3)
 
-// The categories that a pagemap word can tell. HUGE and PFNZERO are in none, and FILE is set on the huge zero page, where the
-// ioctl says nothing of the kind (seen on 6.18).
+// The categories that a pagemap word can tell. HUGE and PFNZERO are in none, and FILE is set on the huge zero page,
+// where the ioctl says nothing of the kind (seen on 6.18).
 #define PMC_TELLABLE (~(PAGE_IS_HUGE | PAGE_IS_PFNZERO) & (PAGE_IS_GUARD * 2 - 1))
 
 // Flags of pmc_scan() and pmc_reset().
@@ -108,7 +109,8 @@ int pmc_maps_query(int maps);
 int pmc_madvise(uint64_t start, uint64_t end, int advice);
 // mprotect(2): 0 or -errno.
 int pmc_mprotect(uint64_t start, uint64_t end, int protection);
-// mremap(2) that moves the pages of private anonymous memory over whatever is at *to*, and leaves the mapping where it was.
+// mremap(2) that moves the pages of private anonymous memory over whatever is at *to*, and leaves the mapping where it
+// was.
 int pmc_mremap_pages(uint64_t from, uint64_t to, uint64_t length);
 
 // log2 of the size of a page, in bytes.
@@ -125,10 +127,11 @@ int pmc_query(int pagemap, int maps, const struct pm_scan_arg *arg, const struct
 
 // -- Trackers ---------------------------------------------------------------------------------------------
 
-// Takes over both descriptors, on failure too, and starts the fault thread unless PMC_CAN_ASYNC. *result* says which call failed.
+// Takes over both descriptors, on failure too, and starts the fault thread unless PMC_CAN_ASYNC. *result* says which
+// call failed.
 int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config, struct pmc_result *result);
-// Unregisters everything, ends the fault thread, closes the descriptors. Waits for running calls. Idempotent. In a forked
-// child: only closes the child's copies.
+// Unregisters everything, ends the fault thread, closes the descriptors. Waits for running calls. Idempotent. In a
+// forked child: only closes the child's copies.
 int pmc_tracker_close(struct pmc_tracker *tracker);
 // Closes and drops the caller's reference; memory goes with the last range.
 void pmc_tracker_destroy(struct pmc_tracker *tracker);
@@ -143,23 +146,24 @@ int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64
 // Unregisters. Idempotent.
 int pmc_range_close(struct pmc_range *range);
 void pmc_range_destroy(struct pmc_range *range);
-// Kinds of memory in it, and the size of its largest page in bytes; a rearm may change both. In a forked child: 0, like the next.
+// Kinds of memory in it, and the size of its largest page in bytes; a rearm may change both. In a forked child: 0, like
+// the next.
 uint32_t pmc_range_kinds(struct pmc_range *range);
 uint64_t pmc_range_granularity(struct pmc_range *range);
-// 1 if every page could carry a mark when it was last armed, and none was left bare: only then are reads never taken for writes, nor a
-// write for more than its page.
+// 1 if every page could carry a mark when it was last armed, and none was left bare: only then are reads never taken
+// for writes, nor a write for more than its page.
 int pmc_range_exact(struct pmc_range *range);
 
-// A reader of the range, which sees what is written from now on, and what was not collected or reset yet. Any number; one page of
-// memory and one bit a page each. An operation of one cursor never takes a page from another.
+// A reader of the range, which sees what is written from now on, and what was not collected or reset yet. Any number;
+// one page of memory and one bit a page each. An operation of one cursor never takes a page from another.
 int pmc_cursor_create(struct pmc_cursor **ret, struct pmc_range *range);
 // Idempotent; later calls get -PMC_ECLOSED.
 int pmc_cursor_close(struct pmc_cursor *cursor);
 void pmc_cursor_destroy(struct pmc_cursor *cursor);
 
-// Puts the written pages of [start, end) into *result*, whose memory is used again; what it held is released. At most max_pages (0: all).
-// With PMC_ENGAGE protects exactly those. Returns the number of regions, also when memory for more ran out (then walk_end < end). On an
-// error what was taken is in *result*, and walk_end says up to where.
+// Puts the written pages of [start, end) into *result*, whose memory is used again; what it held is released. At most
+// max_pages (0: all). With PMC_ENGAGE protects exactly those. Returns the number of regions, also when memory for more
+// ran out (then walk_end < end). On an error what was taken is in *result*, and walk_end says up to where.
 int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result);
 // The whole range, without a limit.
@@ -173,7 +177,9 @@ int pmc_rearm(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_
 // Gives back what a scan with PMC_ENGAGE took for *cursor* and reached nobody: the next scan returns it again. Once.
 int pmc_owe(struct pmc_cursor *cursor, const struct pmc_result *result);
 
-// -- Images: what the memory of a range held, page by page. Immutable once shared, by any threads; pages count from 0 ---------
+// -- Images -----------------------------------------------------------------------------------------------
+
+// What the memory of a range held, page by page. Immutable once shared, by any threads; pages count from 0.
 
 struct pmc_image;
 
@@ -181,18 +187,19 @@ struct pmc_image;
 #define PMC_LIST_HELD 1 // pages that are not all zeros
 #define PMC_LIST_MISSING 2 // guard pages and holes
 
-// An image of *pages* pages, like *base* (of as many pages) or all zeros. Until somebody else has it, pmc_capture(), pmc_image_load() and
-// pmc_image_miss() may change it; where they fail, each page that they were to change is as before or as it was to be.
+// An image of *pages* pages, like *base* (of as many pages) or all zeros. Until somebody else has it, pmc_capture(),
+// pmc_image_load() and pmc_image_miss() may change it; where they fail, each page that they were to change is as before
+// or as it was to be.
 int pmc_image_create(struct pmc_image **ret, const struct pmc_image *base, uint64_t pages);
-// Likewise, like *base*, which is the caller's. Where nobody else has that one it is *base* itself, which changes with it: so nothing
-// has to be copied to be changed, nor to be freed.
+// Likewise, like *base*, which is the caller's. Where nobody else has that one it is *base* itself, which changes with
+// it: so nothing has to be copied to be changed, nor to be freed.
 int pmc_image_next(struct pmc_image **ret, struct pmc_image *base);
 // The same image, for another owner.
 void pmc_image_share(struct pmc_image **ret, struct pmc_image *image);
 // Lets go of an owner's image, if there is one in *image*, which is NULL then.
 void pmc_image_put(struct pmc_image **image);
-// Copies the pages of *regions* from memory, and makes missing whatever of the range is not mapped. What is empty is not populated where
-// pagemap can tell. -EIO: the page in result->untracked_* cannot be read.
+// Copies the pages of *regions* from memory, and makes missing whatever of the range is not mapped. What is empty is
+// not populated where pagemap can tell. -EIO: the page in result->untracked_* cannot be read.
 int pmc_capture(struct pmc_range *range, struct pmc_image *image, const struct page_region *regions, uint64_t count,
 		struct pmc_result *result);
 // Sets [first, first + count) to *bytes*.
@@ -207,8 +214,8 @@ void pmc_image_read(const struct pmc_image *image, uint64_t first, uint64_t coun
 int pmc_image_list(const struct pmc_image *image, uint64_t base, uint64_t categories, struct pmc_result *result);
 // Appends the pages whose content differs. Costs what differs in their trees, not their size.
 int pmc_image_diff(const struct pmc_image *a, const struct pmc_image *b, uint64_t base, struct pmc_result *result);
-// Writes the pages of *regions*, what is missing in *image* excepted. -EFAULT: the page in result->untracked_* cannot be written, being
-// unmapped (then none was written), a guard page or somebody else's; those before it were.
+// Writes the pages of *regions*, what is missing in *image* excepted. -EFAULT: the page in result->untracked_* cannot
+// be written, being unmapped (then none was written), a guard page or somebody else's; those before it were.
 int pmc_restore(struct pmc_range *range, const struct pmc_image *image, const struct page_region *regions,
 		uint64_t count, struct pmc_result *result);
 // Appends the pages of *regions* in which memory is not what *image* holds.
@@ -223,9 +230,11 @@ void pmc_result_release(struct pmc_result *result);
 int pmc_result_fill(struct pmc_result *result, const struct page_region *regions, uint64_t count);
 // Fills an empty result with the pages that are in *a* or *b*. 0 or -ENOMEM.
 int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, const struct pmc_result *b);
-// Sets bit i of *bits*, least significant first, for each page i of the *length* bytes from *base* on that is in *result*. Returns the
-// number of pages in it. -EINVAL: *size* bytes are too few for all pages there are; nothing was set.
-int64_t pmc_fill_bitmap(const struct pmc_result *result, uint64_t base, uint64_t length, unsigned char *bits, uint64_t size);
+// Sets bit i of *bits*, least significant first, for each page i of the *length* bytes from *base* on that is in
+// *result*. Returns the number of pages in it. -EINVAL: *size* bytes are too few for all pages there are; nothing was
+// set.
+int64_t pmc_fill_bitmap(const struct pmc_result *result, uint64_t base, uint64_t length, unsigned char *bits,
+			uint64_t size);
 // Stores start and end of each of *regions*, as offsets from *base* and at most *length*.
 void pmc_fill_spans(const struct page_region *regions, uint64_t count, uint64_t base, uint64_t length, uint64_t *spans);
 // Stores the address, plus *shift* modulo 2**64, of every *step* bytes of *regions*.

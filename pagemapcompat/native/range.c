@@ -15,7 +15,8 @@ static bool overlaps(uint64_t start, uint64_t end, const void *pages, size_t siz
 // Whether a page fault in [start, end) could be one that the fault thread, or a holder of its lock, has to wait for.
 static bool is_own_memory(const struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 {
-	if (overlaps(start, end, tracker, sizeof(*tracker)) || overlaps(start, end, tracker->stack, tracker->stack_size) ||
+	if (overlaps(start, end, tracker, sizeof(*tracker)) ||
+	    overlaps(start, end, tracker->stack, tracker->stack_size) ||
 	    overlaps(start, end, tracker->alive, page_size_of(tracker)) ||
 	    overlaps(start, end, (const void *)tracker->bell, tracker->bell ? page_size_of(tracker) : 0))
 		return true;
@@ -73,7 +74,8 @@ void *pmc_own_pages(struct pmc_tracker *tracker, uint64_t start, uint64_t end, s
 		return pages;
 	pmc_pages_free(pages, size);
 	pmc_vmas_refresh(&tracker->vmas);
-	for (at = range ? range->end : end; (at = find_room(tracker, at, start, end, size)); at += page_size_of(tracker)) {
+	for (at = range ? range->end : end; (at = find_room(tracker, at, start, end, size));
+	     at += page_size_of(tracker)) {
 		pages = mmap((void *)(uintptr_t)at, size, PROT_READ | PROT_WRITE,
 			     MAP_PRIVATE | MAP_ANONYMOUS | PMC_MAP_NORESERVE | PMC_MAP_FIXED_NOREPLACE, -1, 0);
 		tracker->operation = "mmap";
@@ -119,7 +121,8 @@ static void pieces_free(struct pieces *pieces)
 	pmc_pages_free(pieces->items, pieces->capacity * sizeof(*pieces->items));
 }
 
-static int piece_append(const struct pmc_range *range, struct pieces *pieces, uint64_t end, uint32_t kind, uint32_t page_shift)
+static int piece_append(const struct pmc_range *range, struct pieces *pieces, uint64_t end, uint32_t kind,
+			uint32_t page_shift)
 {
 	struct piece *last = pieces->count ? &pieces->items[pieces->count - 1] : NULL;
 	if (last && last->kind == kind && last->page_shift == page_shift) {
@@ -127,8 +130,12 @@ static int piece_append(const struct pmc_range *range, struct pieces *pieces, ui
 		return 0;
 	}
 	if (pieces->count == pieces->capacity) {
-		struct pieces larger = { .count = pieces->count, .capacity = pieces->capacity ? pieces->capacity * 2 : 64 };
-		larger.items = pmc_own_pages(range->tracker, range->start, range->end, larger.capacity * sizeof(*larger.items));
+		struct pieces larger = {
+			.count = pieces->count,
+			.capacity = pieces->capacity ? pieces->capacity * 2 : 64,
+		};
+		larger.items = pmc_own_pages(range->tracker, range->start, range->end,
+					     larger.capacity * sizeof(*larger.items));
 		if (!larger.items)
 			return -ENOMEM;
 		if (pieces->count)

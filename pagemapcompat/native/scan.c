@@ -2,10 +2,10 @@
 //
 // Rules that every call here keeps, each for a kernel that needs it:
 //  - The vector is ours and mapped: an ioctl that cannot copy out has protected the pages already.
-//  - It is zero before the call: an ioctl that fails in its middle (EPERM at a mapping that is not registered, ENOMEM, EINTR)
-//    returns -1 and an arbitrary walk_end, but has stored what it had protected by then.
-//  - After more than 512 regions walk_end can lie (seen on 6.18). Fewer regions than the vector has is a finished scan; else the next
-//    one starts at walk_end or behind the last region, whichever is further.
+//  - It is zero before the call: an ioctl that fails in its middle (EPERM at a mapping that is not registered, ENOMEM,
+//    EINTR) returns -1 and an arbitrary walk_end, but has stored what it had protected by then.
+//  - After more than 512 regions walk_end can lie (seen on 6.18). Fewer regions than the vector has is a finished scan;
+//    else the next one starts at walk_end or behind the last region, whichever is further.
 //  - WP_MATCHING never meets hugetlb memory, where kernels before 7.2 wait for themselves (e92d92bbafb2).
 //  - WP_MATCHING without a vector never cuts through a huge page (NULL dereference up to 6.14 at least).
 #define _GNU_SOURCE
@@ -55,9 +55,10 @@ static uint64_t vec_len_for(const struct pmc_tracker *tracker, uint64_t start, u
 
 static struct pm_scan_arg written_arg(uint64_t start, uint64_t end, bool engage, struct page_region *vec, uint64_t len)
 {
-	// CHECK_WPASYNC also without WP_MATCHING: unregistered memory fails the call then, instead of being written or not by the
-	// state of its page tables. Exactly these masks take the kernel's fast path, 4 to 9 times quicker than any other query, and the one on which an
-	// empty entry in an existing page table is written on every kernel (fs/proc/task_mmu.c: pagemap_scan_pmd_entry).
+	// CHECK_WPASYNC also without WP_MATCHING: unregistered memory fails the call then, instead of being written or
+	// not by the state of its page tables. Exactly these masks take the kernel's fast path, 4 to 9 times quicker
+	// than any other query, and the one on which an empty entry in an existing page table is written on every
+	// kernel (fs/proc/task_mmu.c: pagemap_scan_pmd_entry).
 	return (struct pm_scan_arg){
 		.flags = PM_SCAN_CHECK_WPASYNC | (engage ? PM_SCAN_WP_MATCHING : 0),
 		.start = start,
@@ -110,8 +111,8 @@ int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t 
 }
 
 // The union of two ascending lists, as far as *stop*.
-static uint64_t merge(struct page_region *vec, const struct page_region *a, uint64_t a_count, const struct page_region *b,
-		      uint64_t b_count, uint64_t stop)
+static uint64_t merge(struct page_region *vec, const struct page_region *a, uint64_t a_count,
+		      const struct page_region *b, uint64_t b_count, uint64_t stop)
 {
 	uint64_t count = 0;
 	for (uint64_t i = 0, j = 0; i < a_count || j < b_count;) {
@@ -129,22 +130,23 @@ static uint64_t merge(struct page_region *vec, const struct page_region *a, uint
 	return count;
 }
 
-// Kernels that call an empty page unchanged where no page table is left (6.7 to 7.1 but for those with 07b4377bdbe7), and
-// misread swap entries on the fast path (6.7 and 6.8, fixed by 2c7ad9a590d1): a second query finds both. It asks first and
-// changes nothing, so a page that it names is in this answer whatever happens until UFFDIO_WRITEPROTECT arms it.
+// Kernels that call an empty page unchanged where no page table is left (6.7 to 7.1 but for those with 07b4377bdbe7),
+// and misread swap entries on the fast path (6.7 and 6.8, fixed by 2c7ad9a590d1): a second query finds both. It asks
+// first and changes nothing, so a page that it names is in this answer whatever happens until UFFDIO_WRITEPROTECT arms
+// it.
 static uint64_t scan_twice(struct pmc_tracker *tracker, struct pm_scan_arg *arg, int *error)
 {
-	struct page_region *forgotten = tracker->halves[0], *own = tracker->halves[1];
+	struct page_region *missed = tracker->halves[0], *own = tracker->halves[1];
 	struct pm_scan_arg ask = {
 		.start = arg->start,
 		.end = arg->end,
-		.vec = (uint64_t)(uintptr_t)forgotten,
+		.vec = (uint64_t)(uintptr_t)missed,
 		.vec_len = PMC_REGIONS / 2,
 		.category_inverted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 		.category_mask = PAGE_IS_PRESENT,
 		.category_anyof_mask = PAGE_IS_SWAPPED | PAGE_IS_WRITTEN,
 	};
-	uint64_t forgotten_count = scan(tracker, &ask, error), own_count = 0, count = 0;
+	uint64_t missed_count = scan(tracker, &ask, error), own_count = 0, count = 0;
 
 	arg->walk_end = arg->start;
 	if (!*error) {
@@ -152,18 +154,19 @@ static uint64_t scan_twice(struct pmc_tracker *tracker, struct pm_scan_arg *arg,
 		struct pm_scan_arg take = written_arg(arg->start, ask.walk_end, engage, own, PMC_REGIONS / 2);
 		own_count = scan(tracker, &take, error);
 		arg->walk_end = take.walk_end;
-		for (uint64_t i = 0; engage && i < forgotten_count && forgotten[i].start < take.walk_end; i++) {
+		for (uint64_t i = 0; engage && i < missed_count && missed[i].start < take.walk_end; i++) {
 			uint64_t untracked;
-			int rc = pmc_protect(tracker, forgotten[i].start, min_u64(forgotten[i].end, take.walk_end),
+			int rc = pmc_protect(tracker, missed[i].start, min_u64(missed[i].end, take.walk_end),
 					     tracker->page_shift, 1, &untracked);
-			// Lost its registration since the scan saw it: in this answer it is written, and the next scan says why.
+			// Lost its registration since the scan saw it: in this answer it is written, and the next scan
+			// says why.
 			if (rc && rc != -ENOENT && !*error)
 				*error = rc;
 		}
-		count = merge((struct page_region *)(uintptr_t)arg->vec, forgotten, forgotten_count, own, own_count,
+		count = merge((struct page_region *)(uintptr_t)arg->vec, missed, missed_count, own, own_count,
 			      take.walk_end);
 	}
-	memset(forgotten, 0, forgotten_count * sizeof(*forgotten));
+	memset(missed, 0, missed_count * sizeof(*missed));
 	memset(own, 0, own_count * sizeof(*own));
 	return count;
 }
@@ -181,28 +184,23 @@ static int put_untracked(struct pm_scan_arg *arg, uint64_t start, uint64_t end, 
 	return (int)out.count;
 }
 
-// What one page table of the lowest level maps, which is a huge page (PMD_SIZE).
-static uint64_t huge_size(const struct pmc_tracker *tracker)
-{
-	uint64_t size = page_size_of(tracker);
-	return size * (size / sizeof(uint64_t));
-}
-
 // ---- Bare units -----------------------------------------------------------------------------------------------
 //
-// A great reserve of which little is used must not cost what is not there: marks for all of its empty pages would fill page tables that
-// each scan walks. So private memory that is barred when it is tracked is armed by units, and one in which nothing is stays bare. There
-// the kernel is asked for pages that are present or swapped, which it skips over by whole page tables; the zero page, which a read puts
-// there, is none. When something has come, the unit is armed as a whole, in one query that takes each page, and what was in it is owed to
-// all cursors. From then on its empty pages have marks, which a discard takes away. What this costs: a first write that brings a huge page
-// counts as one to all of it, so such a range is not exact; and a page that came and was discarded again between two calls leaves no
-// trace, as it leaves no content.
+// A great reserve of which little is used must not cost what is not there: marks on all of its empty pages would fill
+// page tables that each scan walks. So private memory that is barred when it is tracked is divided into units. A unit
+// in which nothing is stays *bare*: none of its pages has a mark. In bare units the kernel is asked for pages that are
+// present or swapped, which lets it skip whole page tables; the zero page, which a read puts there, is none. When
+// something has come, one query protects the whole unit and takes each page of it, and what was in it is owed to all
+// cursors (arm_unit). From then on its empty pages have marks, which a discard takes away.
+//
+// What this costs: a first write that brings a huge page counts as one to all of it, so such a range is not exact; and
+// a page that came and was discarded again between two calls leaves no trace, as it leaves no content.
 
 #define UNIT_TABLES 16 // lowest page tables of a unit: 32 MiB with pages of 4 KiB
 
 static uint64_t unit_size(const struct pmc_tracker *tracker)
 {
-	return UNIT_TABLES * huge_size(tracker);
+	return UNIT_TABLES * huge_size_of(tracker);
 }
 
 static uint64_t unit_index(const struct pmc_range *range, uint64_t address)
@@ -214,8 +212,10 @@ static uint64_t unit_index(const struct pmc_range *range, uint64_t address)
 size_t pmc_kernel_bare_size(const struct pmc_range *range)
 {
 	const struct pmc_tracker *tracker = range->tracker;
-	// Kernels that call an empty page unchanged where no page table is left would leave it without a mark when its unit is armed.
-	if (!pmc_is_async(tracker) || !(tracker->abilities & PMC_CAN_SCAN_HOLES) || range->end - range->start < unit_size(tracker))
+	// Kernels that call an empty page unchanged where no page table is left would leave it without a mark when its
+	// unit is armed.
+	if (!pmc_is_async(tracker) || !(tracker->abilities & PMC_CAN_SCAN_HOLES) ||
+	    range->end - range->start < unit_size(tracker))
 		return 0;
 	return (unit_index(range, range->end) / 64 + 1) * sizeof(*range->bare);
 }
@@ -237,7 +237,8 @@ int pmc_kernel_bare_all(struct pmc_range *range)
 			pos = end;
 		if (!more || end == range->end) {
 			uint64_t from = align_up(barred, size), to = align_down(pos, size);
-			if (from < to && pmc_bits_fill(range->bare, unit_index(range, from), unit_index(range, to), true))
+			if (from < to &&
+			    pmc_bits_fill(range->bare, unit_index(range, from), unit_index(range, to), true))
 				range->exact = false;
 			barred = pos = end;
 		}
@@ -250,7 +251,8 @@ static bool is_bare(const struct pmc_range *range, const struct piece *piece, ui
 {
 	if (!range->bare || piece->kind != PMC_KIND_ANON || start >= *end)
 		return false;
-	uint64_t size = unit_size(range->tracker), first = unit_index(range, start), last = unit_index(range, *end - 1) + 1;
+	uint64_t size = unit_size(range->tracker);
+	uint64_t first = unit_index(range, start), last = unit_index(range, *end - 1) + 1;
 	bool bare = bit_test(range->bare, first);
 	uint64_t other = pmc_bits_find(range->bare, first, last, !bare);
 	*end = min_u64(*end, align_down(range->start, size) + other * size);
@@ -303,8 +305,8 @@ static int arm_unit(struct pmc_range *range, uint64_t address, struct forgotten 
 			continue; // was mapped in between, and is armed
 		uint64_t count = scan(tracker, &take, &error);
 		for (uint64_t i = 0; i < count; i++) {
-			uint64_t from = vec[i].start, to = vec[i].end;
-			if (!(vec[i].categories & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED)) || vec[i].categories & PAGE_IS_PFNZERO)
+			uint64_t from = vec[i].start, to = vec[i].end, is = vec[i].categories;
+			if (!(is & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED)) || is & PAGE_IS_PFNZERO)
 				continue;
 			if (from < forgotten.start)
 				pmc_owe_others(range, from, min_u64(to, forgotten.start), NULL);
@@ -326,7 +328,8 @@ int pmc_kernel_arm_all(struct pmc_range *range)
 	return rc;
 }
 
-static int scan_piece(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg, struct forgotten forgotten)
+static int scan_piece(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg,
+		      struct forgotten forgotten)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	bool twice = !(tracker->abilities & PMC_CAN_SCAN_HOLES);
@@ -433,8 +436,9 @@ static int take_and_forget(struct pmc_range *range, const struct piece *piece, u
 	return 0;
 }
 
-// Whether no huge page can lie across *address*. A huge page has one mapping, and one mapping has one userfaultfd: so none does where
-// the range begins, unless the memory before it is this tracker's too; where it ends, unless the mapping was extended in place.
+// Whether no huge page can lie across *address*. A huge page has one mapping, and one mapping has one userfaultfd: so
+// none does where the range begins, unless the memory before it is this tracker's too; where it ends, unless the
+// mapping was extended in place.
 static bool is_seam(const struct pmc_range *range, uint64_t address)
 {
 	struct pmc_tracker *tracker = range->tracker;
@@ -451,15 +455,16 @@ static bool is_seam(const struct pmc_range *range, uint64_t address)
 static int reset_armed(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
 		       uint64_t *walk_end)
 {
-	uint64_t huge = huge_size(range->tracker);
+	uint64_t huge = huge_size_of(range->tracker);
 	// A huge page that held any of it would hold what lies before it.
 	if (align_down(end - 1, huge) < start && is_seam(range, start))
 		return protect_only(range, start, end, walk_end);
 	// For little memory a vector costs less than to look where its mapping ends.
 	if (end - start < huge)
 		return take_and_forget(range, piece, start, end, walk_end);
-	uint64_t inner = is_seam(range, start) ? start : min_u64(align_up(start, huge), end);
-	uint64_t inner_end = end == align_down(end, huge) || is_seam(range, end) ? end : max_u64(align_down(end, huge), inner);
+	uint64_t inner = is_seam(range, start) ? start : min_u64(align_up(start, huge), end), inner_end = end;
+	if (end != align_down(end, huge) && !is_seam(range, end))
+		inner_end = max_u64(align_down(end, huge), inner);
 	int rc = take_and_forget(range, piece, start, inner, walk_end);
 	if (!rc && inner < inner_end)
 		rc = protect_only(range, inner, inner_end, walk_end);

@@ -2,8 +2,8 @@
 //
 // One call at a time per tracker (mutex).
 //
-// Forks: the kernel zeroes the page behind *alive* in a child, however it was forked. A child does no ioctl (the descriptor acts
-// on the parent's memory), takes no lock (its holder does not exist there) and joins no thread.
+// Forks: the kernel zeroes the page behind *alive* in a child, however it was forked. A child does no ioctl (the
+// descriptor acts on the parent's memory), takes no lock (its holder does not exist there) and joins no thread.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
@@ -12,8 +12,8 @@
 
 #include "internal.h"
 
-// How far below its frame a call of this library, and the signal handlers on top of it, may use the caller's stack; and above that of
-// pmc_enter(), to which there are calls in between.
+// How much of the caller's stack a call of this library, and the signal handlers on top of it, may use: below the frame
+// that pmc_is_callers() sees, and above it, for the calls in between.
 #define STACK_REACH (128 << 10)
 #define STACK_ABOVE (4 << 10)
 // How much of what it keeps for each thread the C library changes, in calls that can be cancelled, as pread(2) is.
@@ -191,7 +191,8 @@ int pmc_tracker_close(struct pmc_tracker *tracker)
 			rc = rc ? rc : failed;
 		}
 		pmc_fault_thread_stop(tracker);
-		// Somebody closed our descriptor, and its number may be anybody's now. The kernel let go of everything with it.
+		// Somebody closed our descriptor, and its number may be anybody's now. The kernel let go of everything
+		// with it.
 		if (rc == -EBADF || rc == -ENOTTY || is_of_another_file(atomic_load(&tracker->fault_errno))) {
 			tracker->uffd = -1;
 			rc = 0;

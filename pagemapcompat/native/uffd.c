@@ -65,7 +65,8 @@ int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, uint64_t mode)
 		.range = { start, end - start },
 		.mode = mode,
 	};
-	// EAGAIN only while an EVENT_* message is unread (mmap_changing), and none is ever asked for; EINTR is a signal.
+	// EAGAIN only while an EVENT_* message is unread (mmap_changing), and none is ever asked for; EINTR is a
+	// signal.
 	int rc;
 	do
 		rc = ioctl(uffd, UFFDIO_WRITEPROTECT, &arg);
@@ -75,10 +76,11 @@ int pmc_uffd_writeprotect(int uffd, uint64_t start, uint64_t end, uint64_t mode)
 
 int pmc_uffd_is_registered(const struct pmc_tracker *tracker, uint64_t address, uint64_t size)
 {
-	// A copy that must fail. The kernel first looks for a mapping that has a userfaultfd, ENOENT without one; then at the page,
-	// EEXIST; then reads the source, which nobody may, EFAULT; and only then would it change anything
-	// (mm/userfaultfd.c: find_dst_vma, mfill_atomic; the same order in 5.10 and 6.18). ENOMEM is the answer for a huge page where
-	// the pool is empty; for others, since 6.9, it may come before the first look (find_vma_and_prepare_anon), and says nothing.
+	// A copy that must fail. The kernel first looks for a mapping that has a userfaultfd, ENOENT without one; then
+	// at the page, EEXIST; then reads the source, which nobody may, EFAULT; and only then would it change anything
+	// (mm/userfaultfd.c: find_dst_vma, mfill_atomic; the same order in 5.10 and 6.18). ENOMEM is the answer for a
+	// huge page where the pool is empty; for others, since 6.9, it may come before the first look
+	// (find_vma_and_prepare_anon), and says nothing.
 	struct uffdio_copy arg = {
 		.dst = address,
 		.src = (uint64_t)(uintptr_t)tracker->unreadable,
@@ -115,10 +117,10 @@ int pmc_mprotect(uint64_t start, uint64_t end, int protection)
 	return mprotect((void *)(uintptr_t)start, end - start, protection) ? -errno : 0;
 }
 
-// One mapping after the other: what kernels before 6.4 need (a1b92a3f1498 let one call span mappings), and what finds the
-// culprit on any. They refuse also a mapping that was split since it was read, which another thread's mprotect may do again
-// and again; so a refusal is tried anew with what is mapped now, then with half as much. A page is never split: refused again,
-// it is not registered.
+// One mapping after the other: what kernels before 6.4 need (a1b92a3f1498 let one call span mappings), and what finds
+// the culprit on any. They refuse also a mapping that was split since it was read, which another thread's mprotect may
+// do again and again; so a refusal is tried anew with what is mapped now, then with half as much. A page is never
+// split: refused again, it is not registered.
 static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint64_t unit,
 			uint64_t mode, uint64_t *untracked)
 {
@@ -157,7 +159,8 @@ static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t en
 int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint32_t unit_shift, int protect,
 		uint64_t *untracked)
 {
-	// Only the fault thread wakes writers: it has read their messages, and would open, late, a page that is protected again by then.
+	// Only the fault thread wakes writers: it has read their messages, and would open, late, a page that is
+	// protected again by then.
 	uint64_t mode = protect ? UFFDIO_WRITEPROTECT_MODE_WP : UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
 	*untracked = end;
 	tracker->operation = "UFFDIO_WRITEPROTECT";
@@ -174,8 +177,8 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 {
 	int first = pmc_uffd_unregister(tracker->uffd, start, end);
 	if (first == -EINVAL) {
-		// Nothing is mapped, or something that no userfaultfd may hold was mapped in a hole: the kernel then refuses the
-		// whole call, and leaving the rest registered would leave its writers asleep.
+		// Nothing is mapped, or something that no userfaultfd may hold was mapped in a hole: the kernel then
+		// refuses the whole call, and leaving the rest registered would leave its writers asleep.
 		struct vma vma;
 		uint64_t pos = start;
 		int found = 0;

@@ -90,7 +90,8 @@ static int query_at(struct vmas *vmas, uint64_t address, struct vma *ret)
 	return 1;
 }
 
-// The next line, without its newline, or NULL at the end (*rc 0) or on an error. Lines longer than the buffer (paths) lose their tail.
+// The next line, without its newline, or NULL at the end (*rc 0) or on an error. Lines longer than the buffer (paths)
+// lose their tail.
 // -EBADMSG: one without end, as of a device that somebody put in the place of our file.
 static char *next_line(struct vmas *vmas, int *rc)
 {
@@ -132,7 +133,11 @@ static uint64_t parse(const char **text, unsigned base)
 	uint64_t value = 0;
 	for (;; (*text)++) {
 		char c = **text;
-		unsigned digit = c >= '0' && c <= '9' ? (unsigned)(c - '0') : c >= 'a' && c <= 'f' ? (unsigned)(c - 'a') + 10 : base;
+		unsigned digit = base;
+		if (c >= '0' && c <= '9')
+			digit = (unsigned)(c - '0');
+		else if (c >= 'a' && c <= 'f')
+			digit = (unsigned)(c - 'a') + 10;
 		if (digit >= base)
 			return value;
 		value = value * base + digit;
@@ -158,7 +163,8 @@ static const char *parse_head(const char *at, struct vma *ret, bool *shared)
 	if (ret->start >= ret->end || strspn(at, " ") != 1 || strcspn(at + 1, " ") != 4)
 		return NULL;
 	at++;
-	ret->protection = (at[0] == 'r' ? PROT_READ : 0) | (at[1] == 'w' ? PROT_WRITE : 0) | (at[2] == 'x' ? PROT_EXEC : 0);
+	ret->protection = (at[0] == 'r' ? PROT_READ : 0) | (at[1] == 'w' ? PROT_WRITE : 0) |
+			  (at[2] == 'x' ? PROT_EXEC : 0);
 	*shared = at[3] == 's';
 	return skip_field(at);
 }
@@ -185,7 +191,8 @@ static int text_next(struct vmas *vmas)
 		return -EBADMSG;
 	at = skip_field(skip_field(at));
 	uint64_t inode = parse(&at, 10);
-	// A private mapping of it has an inode, and is anonymous to the kernel all the same (drivers/char/mem.c: mmap_zero).
+	// A private mapping of it has an inode, and is anonymous to the kernel all the same (drivers/char/mem.c:
+	// mmap_zero).
 	if (!shared && strcmp(skip_field(at), "/dev/zero") == 0)
 		inode = 0;
 	if (vmas->sizes) {

@@ -1,11 +1,11 @@
 // Engine `uffd-wp`: PAGEMAP_SCAN answered from the words of /proc/self/pagemap and UFFDIO_WRITEPROTECT.
 //
-// What makes it lossless. A page is protected only after it was read as written, and is then part of this answer: stores
-// before the protection are covered by it, stores after it fault. A page read as unchanged is left alone, so whatever
-// happens to it next is seen next time. Protecting a whole range after reading it would be cheaper and is allowed only
-// where nothing can make an unchanged page writable in between: the fault thread is held off by fault_lock, but no
-// lock holds off a MADV_DONTNEED, after which a private page is empty, can be written without a fault, and
-// would then be protected with nobody told. Shared pages keep their mark through it (mm/memory.c:
+// What makes it lossless. A page is protected only after it was read as written, and is then part of this answer:
+// stores before the protection are covered by it, stores after it fault. A page read as unchanged is left alone, so
+// whatever happens to it next is seen next time. Protecting a whole range after reading it would be cheaper and is
+// allowed only where nothing can make an unchanged page writable in between: the fault thread is held off by
+// fault_lock, but no lock holds off a MADV_DONTNEED, after which a private page is empty, can be written without a
+// fault, and would then be protected with nobody told. Shared pages keep their mark through it (mm/memory.c:
 // zap_install_uffd_wp_if_needed, since 5.19), so for them, and only for them, the whole-range call is used.
 //
 // What a word tells:
@@ -13,9 +13,11 @@
 //   no mark            written, or never protected, or not mapped at all: then the word is 0 and the mappings decide
 //   empty or guard     cannot carry a mark (empty: private anonymous memory without WP_UNPOPULATED). One bit a page,
 //                      *quiet*, remembers that it was so when last asked for; still so is unchanged.
-// Without bit 57 (before 5.14) the fault thread's log stands in for it, and each call protects everything again,
-// under fault_lock: a page discarded and written again has lost its protection, and nothing shows that. Such a write is
-// missed, but none that follows a call which went over the page; one whose limit was reached only looked at what lies behind.
+//
+// Without bit 57 (before 5.14) the fault thread's log stands in for it, and each call protects everything again, under
+// fault_lock: a page discarded and written again has lost its protection, and nothing shows that. Such a write is
+// missed, but none that follows a call which went over the page; one whose limit was reached only looked at what lies
+// behind.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
@@ -27,8 +29,10 @@
 
 #include "internal.h"
 
-// On shared memory one call over a chunk can replace those for its runs. A page of it takes so long; a call for a run takes 0.8 us alone
-// and 10 to 20 times that beside a busy thread, whose CPU has its TLB flushed each time. How long, is seen as they are made.
+// Shared memory may be protected by one call for a whole chunk instead of one for each run. The one call takes about
+// this long a page. A call for a run takes 0.8 us alone, and 10 to 20 times that beside a busy thread, whose CPU has
+// its TLB flushed each time. So engage() times the calls for runs, and changes over when those that are left would take
+// longer.
 #define WHOLE_NS_PER_PAGE 64
 
 static bool logs(const struct pmc_tracker *tracker)
@@ -61,7 +65,8 @@ int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_sh
 	return 0;
 }
 
-int pmc_own_words_read(struct pmc_tracker *tracker, uint64_t start, uint64_t count, uint32_t unit_shift, uint64_t *words)
+int pmc_own_words_read(struct pmc_tracker *tracker, uint64_t start, uint64_t count, uint32_t unit_shift,
+		       uint64_t *words)
 {
 	uint64_t at = (uint64_t)(uintptr_t)tracker, word, i = 0;
 	tracker->operation = "/proc/self/pagemap";
@@ -101,7 +106,8 @@ static uint64_t unit_of(const struct pass *pass)
 	return 1ull << pass->unit_shift;
 }
 
-// What is looked at. Soft-dirty says nothing of the page: in a new mapping it is set on every entry, empty ones too (seen on 5.10 and 6.1).
+// What is looked at. Soft-dirty says nothing of the page: in a new mapping it is set on every entry, empty ones too
+// (seen on 5.10 and 6.1).
 #define TOLD (PM_WORD_PRESENT | PM_WORD_SWAPPED | PM_WORD_GUARD | PM_WORD_UFFD_WP)
 
 static bool is_empty(uint64_t word)
@@ -182,8 +188,8 @@ static int gather(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *stop)
 }
 
 // Gives every empty page of the readable private anonymous mappings in [start, end) the zero page, so that it can carry
-// a mark and a later read does not look like a change. Never by a plain load: a mprotect in another thread would turn it into
-// a SIGSEGV. Returns whether all of it is populated now.
+// a mark and a later read does not look like a change. Never by a plain load: a mprotect in another thread would turn
+// it into a SIGSEGV. Returns whether all of it is populated now.
 static bool populate(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 {
 	bool all = true;
@@ -242,10 +248,10 @@ static bool is_readable(struct pmc_tracker *tracker, uint64_t address, struct vm
 	return address >= vma->start && vma->protection & PROT_READ;
 }
 
-// Notes for each page of [from, to), whose words begin at *pos*, whether it could carry a mark. A page that is empty though it was
-// populated is being discarded at this moment, and may be written, read and discarded again before the next call, which would
-// find it as it is now; or the kernel does not let it be populated. It is not called quiet, and comes once more. Where there is a log,
-// fault_lock is held.
+// Notes for each page of [from, to), whose words begin at *pos*, whether it could carry a mark. A page that is empty
+// though it was populated is being discarded at this moment, and may be written, read and discarded again before the
+// next call, which would find it as it is now; or the kernel does not let it be populated. It is not called quiet, and
+// comes once more. Where there is a log, fault_lock is held.
 static void remember(const struct pass *pass, uint64_t pos, uint64_t from, uint64_t to)
 {
 	struct pmc_range *range = pass->range;
@@ -275,6 +281,25 @@ static uint64_t now_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
+// Populates the run [from, to) if a page of it is empty, which could carry no mark, and reads its words anew. The first
+// word is that of *pos*.
+static int populate_run(const struct pass *pass, uint64_t pos, uint64_t from, uint64_t to)
+{
+	struct pmc_tracker *tracker = pass->tracker;
+	uint64_t *words = tracker->words + ((from - pos) >> pass->unit_shift);
+	uint64_t count = (to - from) >> pass->unit_shift, k = 0;
+
+	while (k < count && !is_empty(words[k]))
+		k++;
+	if (k == count)
+		return 0;
+	// One that is not empty any more looks unchanged, and is not protected yet.
+	if (logs(tracker))
+		pmc_bits_fill(pass->range->log, page_index(pass->range, from), page_index(pass->range, to), true);
+	populate(tracker, from, to);
+	return pmc_own_words_read(tracker, from, count, pass->unit_shift, words);
+}
+
 // Protects what gather() put out of [pos, stop), and remembers what could not be. -ENOENT: *stop is the untracked page.
 static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 {
@@ -300,22 +325,12 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 			last = to;
 			break;
 		}
-		if (needs_population(pass)) {
-			const uint64_t *words = tracker->words + ((from - pos) >> pass->unit_shift);
-			for (uint64_t k = 0; k < (to - from) >> pass->unit_shift; k++)
-				if (is_empty(words[k])) {
-					// One that is not empty any more looks unchanged, and is not protected yet.
-					if (logs(tracker))
-						pmc_bits_fill(range->log, page_index(range, from), page_index(range, to), true);
-					populate(tracker, from, to);
-					rc = pmc_own_words_read(tracker, from, (to - from) >> pass->unit_shift, pass->unit_shift,
-								tracker->words + ((from - pos) >> pass->unit_shift));
-					break;
-				}
-		}
+		if (needs_population(pass))
+			rc = populate_run(pass, pos, from, to);
 		if (!rc && !whole)
 			rc = pmc_protect(tracker, from, to, pass->unit_shift, 1, &untracked);
-		// After another error nobody knows how far it got: the run stays in the answer, protected or still written.
+		// After another error nobody knows how far it got: the run stays in the answer, protected or still
+		// written.
 		last = rc == -ENOENT ? untracked : to;
 	}
 	// What is done stays done: an untracked page among it is the next call's.
@@ -357,6 +372,31 @@ static int protect_late(struct pass *pass, uint64_t *pos)
 	return rc;
 }
 
+// Reads [pos, end), puts what was written into the answer, and protects it. *stop: done up to there.
+static int scan_chunk(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *stop)
+{
+	struct pmc_tracker *tracker = pass->tracker;
+	uint64_t count = (end - pos) >> pass->unit_shift;
+	sigset_t signals;
+
+	*stop = pos;
+	if (pass->held)
+		pmc_hold_fault_thread(tracker, &signals);
+	int rc = pmc_own_words_read(tracker, pos, count, pass->unit_shift, tracker->words);
+	if (!rc)
+		rc = gather(pass, pos, end, stop);
+	if (rc) {
+		// Nothing of this chunk is protected yet: take back what was put out of it.
+		pmc_output_cut(&pass->out, pos);
+		*stop = pos;
+	} else if (pass->engage) {
+		rc = engage(pass, pos, stop);
+	}
+	if (pass->held)
+		pmc_release_fault_thread(tracker, &signals);
+	return rc;
+}
+
 int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg)
 {
 	struct pmc_tracker *tracker = range->tracker;
@@ -379,11 +419,10 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 	// An asynchronous userfaultfd resolves faults in the kernel, which no lock of ours holds off.
 	// The log is read under it too, by a peek as well.
 	pass.held = !pmc_is_async(tracker) && (logs(tracker) || (pass.engage && piece->kind == PMC_KIND_SHARED));
-	// Where a remapped page may still show its old mark, where nothing shows marks, and where an empty or a guard page can have
-	// none.
+	// Whether registration must be confirmed first: where a remapped page may still show its old mark, where
+	// nothing shows marks, and where an empty or a guard page can have none.
 	bool confirm = logs(tracker) || range->quiet_used ||
 		       ~tracker->abilities & (PMC_CAN_TRUST_MARKS | PMC_CAN_MARK_EMPTY);
-	sigset_t signals;
 	uint64_t pos = arg->start, chunk = (uint64_t)PMC_WORDS << piece->page_shift;
 	uint64_t untracked_from = 0, untracked_to = 0;
 	int rc = 0;
@@ -401,7 +440,8 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		}
 		if (confirm && untracked_from <= pos) {
 			if (pass.engage) {
-				// With as many pages as were asked for, it is the next call that meets it; so the ioctl has it.
+				// With as many pages as were asked for, it is the next call that meets it; so the ioctl
+				// has it.
 				rc = arg->max_pages && pass.out.pages >= arg->max_pages ? 0 : -ENOENT;
 				break;
 			}
@@ -414,25 +454,12 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		}
 		if (confirm)
 			end = min_u64(end, untracked_from);
-		// A run of the answer is protected by one call, for each flushes the TLB of whatever CPU is busy; unless chunks are each a
-		// step of its own.
+		// A run of the answer is protected by one call, for each flushes the TLB of whatever CPU is busy;
+		// unless each chunk is a step of its own.
 		pass.more = end < arg->end && !pass.held && !needs_population(&pass);
 
-		uint64_t stop = pos;
-		if (pass.held)
-			pmc_hold_fault_thread(tracker, &signals);
-		rc = pmc_own_words_read(tracker, pos, (end - pos) >> piece->page_shift, piece->page_shift, tracker->words);
-		if (!rc)
-			rc = gather(&pass, pos, end, &stop);
-		if (rc) {
-			// Nothing of this chunk is protected yet: take back what was put out of it.
-			pmc_output_cut(&pass.out, pos);
-			stop = pos;
-		} else if (pass.engage) {
-			rc = engage(&pass, pos, &stop);
-		}
-		if (pass.held)
-			pmc_release_fault_thread(tracker, &signals);
+		uint64_t stop;
+		rc = scan_chunk(&pass, pos, end, &stop);
 		pos = stop;
 		// An answer is handed on in pieces of so many, so that little of the vector is touched.
 		if (stop < end || pass.out.count >= PMC_REGIONS)
@@ -465,17 +492,20 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 	for (uint64_t pos = start; pos < end; pos = *walk_end) {
 		uint64_t to = look ? min_u64(end, align_down(pos, chunk) + chunk) : end;
 		if (needs_population(&pass)) {
-			// One mapping at a time: behind one that is not tracked, where this ends, what was populated would look written.
+			// One mapping at a time: behind one that is not tracked, where this ends, what was populated
+			// would look written.
 			struct vma vma;
 			if (pmc_find_vma(tracker, pos, &vma) > 0)
 				to = min_u64(to, vma.start > pos ? vma.start : vma.end);
 			if (!populate(tracker, pos, to))
 				range->exact = false;
 		}
-		// Read first: a page that was empty then and is protected now has been written meanwhile, and is found by its mark or by
-		// being empty no more. The other way round a page written in between would be neither protected nor noticed.
+		// Read first: a page that was empty then and is protected now has been written meanwhile, and is found
+		// by its mark or by being empty no more. The other way round a page written in between would be neither
+		// protected nor noticed.
 		if (look)
-			rc = pmc_own_words_read(tracker, pos, (to - pos) >> piece->page_shift, piece->page_shift, tracker->words);
+			rc = pmc_own_words_read(tracker, pos, (to - pos) >> piece->page_shift, piece->page_shift,
+						tracker->words);
 		if (logs(tracker))
 			pmc_hold_fault_thread(tracker, &signals);
 		if (!rc) {
