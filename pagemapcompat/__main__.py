@@ -7,10 +7,8 @@ import sys
 from importlib.metadata import version
 
 from pagemapcompat import cli_probe, cli_scan, cli_selftest
-from pagemapcompat.cli_streams import EXIT_INTERRUPTED, say
+from pagemapcompat.cli_streams import EXIT_INTERRUPTED, EXIT_UNTOLD, EXIT_USAGE, say
 from pagemapcompat.errors import InvalidArgumentError, PagemapCompatError
-
-EXIT_USAGE, EXIT_UNTOLD = 2, 3
 
 
 def main(arguments: list[str] | None = None) -> int:

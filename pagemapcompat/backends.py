@@ -268,7 +268,7 @@ class Backend:
     def _cursor(self, handle: _kernel.RangeHandle) -> _kernel.CursorHandle:
         rc, cursor = _kernel.cursor_create(handle)
         if cursor is None:
-            self._fail(-rc, "mmap", AddressRange(0, 0))
+            self._fail(-rc, "mmap", None)
         return cursor
 
     def attach_cursor(self, attached: Attached) -> Attached:
@@ -352,9 +352,9 @@ class Backend:
                 _kernel.owe(on.cursor.c, result)
             del spare[:]
             raise
-        # CPython looks for signals when a function begins, when one in C has returned, and in loops: not from here to
-        # the caller, nor from an interrupt to the call that gives the pages back. So it does not matter who keeps the
-        # interrupt, its traceback and this frame.
+        # CPython looks for signals when a function begins, when one in C has returned, and in loops. None of these is
+        # between here and the caller, nor between an interrupt and the owe() above: pages are always delivered or given
+        # back, even where somebody keeps the interrupt, its traceback and this frame.
         if rc > _KEEP:
             del spare[:]
         return answer
@@ -430,7 +430,9 @@ class Backend:
             return
         self._fail(-rc, _kernel.operation(result), asked, result)
 
-    def _fail(self, number: int, operation: str, asked: AddressRange, result: _kernel.Result | None = None) -> NoReturn:
+    def _fail(
+        self, number: int, operation: str, asked: AddressRange | None, result: _kernel.Result | None = None
+    ) -> NoReturn:
         if number == _kernel.EFORKED:
             raise ClosedError(
                 f"this tracker belongs to process {self._pid}, which process {os.getpid()} was forked from"
@@ -483,13 +485,13 @@ class Backend:
         """Raise what a call would raise now, before taking a lock that nobody would release in a forked child."""
         rc = _kernel.tracker_state(self._handle)
         if rc:
-            self._fail(-rc, "", AddressRange(0, 0))
+            self._fail(-rc, "", None)
 
     def statistics(self) -> BackendStatistics:
         """Counters since it was made."""
         rc, counters = _kernel.tracker_statistics(self._handle)
         if rc:
-            self._fail(-rc, "statistics", AddressRange(0, 0))
+            self._fail(-rc, "statistics", None)
         return BackendStatistics(backend=self.name, **counters)
 
     def close(self) -> None:
@@ -510,9 +512,9 @@ _LOST_FILE_HINT = (
 
 
 def _calibrate() -> None:
-    """Find out what `_ALONE` is, with the very function that asks.
+    """Find out what `_ALONE` is by calling `scan` itself: it depends on how this Python compiles that function.
 
-    It depends on how this Python passes arguments and compiles that; and a debugger may hold more, which is no measure.
+    If neither 1 nor 2 fits, as under a debugger that holds references, it stays 0, and no answer is used again.
     """
     global _ALONE  # noqa: PLW0603 - so that to ask costs no more than to look up a name
     nobody, nowhere, old, new = Backend.__new__(Backend), AddressRange(0, 0), 1, 2

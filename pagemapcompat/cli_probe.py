@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from contextlib import suppress
@@ -13,7 +14,19 @@ import attrs
 
 from pagemapcompat import cli_formats, cli_scan
 from pagemapcompat.abi import EntryFlag, Feature, Guarantee, PageCategory
-from pagemapcompat.cli_streams import EXIT_FAILED, put, say
+from pagemapcompat.cli_streams import (
+    EXIT_ACCESS,
+    EXIT_BROKEN_PIPE,
+    EXIT_FAILED,
+    EXIT_GONE,
+    EXIT_INTERRUPTED,
+    EXIT_KERNEL_THREAD,
+    EXIT_OK,
+    EXIT_UNTOLD,
+    EXIT_USAGE,
+    put,
+    say,
+)
 from pagemapcompat.errors import AccessError, KernelError, PagemapCompatError, TargetGoneError, UnsupportedError
 from pagemapcompat.laboratory import Laboratory
 from pagemapcompat.memory import AddressRange, page_size
@@ -23,11 +36,23 @@ from pagemapcompat.tracker import DirtyTracker
 from pagemapcompat.trials_pagemap import try_soft_dirty
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator, Sequence
 
 PROGRAM = "pagemapcompat probe"
-PRESENT, MISSING, UNTOLD, GONE, DENIED, KERNEL_THREAD = 0, 1, 3, 4, 5, 6
+_EPILOG = f"""\
+Data go to standard output, everything else to standard error.
+
+exit status:
+  {EXIT_OK}    told; with --require: all of it is there
+  {EXIT_FAILED}    with --require: something is not there
+  {EXIT_USAGE}    wrong usage
+  {EXIT_UNTOLD}    it could not be found out, or not be written
+  {EXIT_GONE}    with --pid: there is no such process, or it ended
+  {EXIT_ACCESS}    with --pid: the process is not ours to read
+  {EXIT_KERNEL_THREAD}    with --pid: it is a kernel thread, which has no memory
+  {EXIT_INTERRUPTED}  interrupted (SIGINT)
+  {EXIT_BROKEN_PIPE}  nobody reads the output any more (SIGPIPE)
+"""
 SCHEMA = 1
 """Of the JSON. Grows when a name changes its meaning or goes away; new names may come at any time."""
 GROUPS = (
@@ -147,7 +172,7 @@ def requirable() -> dict[str, list[str]]:
 
 
 def unmet(findings: Findings, names: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """What of *names* is not there: MISSING or UNTOLD, and a line that says why."""
+    """What of *names* is not there: EXIT_FAILED or EXIT_UNTOLD, and a line that says why."""
     backends = [name for name in names if name in BACKEND_NAMES]
     wanted = Guarantee(0)
     for name in names:
@@ -157,17 +182,17 @@ def unmet(findings: Findings, names: Sequence[str]) -> Iterator[tuple[int, str]]
             if name not in findings.usable:
                 refused = findings.refused[name]
                 fleeting = not isinstance(refused, UnsupportedError | AccessError)
-                yield UNTOLD if fleeting else MISSING, f"{name}: {refused}; remedy: {refused.hint or 'none'}"
+                yield EXIT_UNTOLD if fleeting else EXIT_FAILED, f"{name}: {refused}; remedy: {refused.hint or 'none'}"
         elif not (result := findings.report[Feature(name)]):
             answer = findings.report.as_dict()[name]
             yield (
-                UNTOLD if result.state == "unknown" else MISSING,
+                EXIT_UNTOLD if result.state == "unknown" else EXIT_FAILED,
                 f"{name}: {result.state}, {_with_hint(answer, 'detail')}",
             )
     able = [given for name, given in findings.usable.items() if not backends or name in backends]
     if wanted and not any(wanted & ~given == Guarantee(0) for given in able):
         given = ", ".join(f"{name} gives {' '.join(_names(given))}" for name, given in findings.usable.items())
-        yield MISSING, f"{' '.join(_names(wanted))}: no backend gives this; {given or 'no backend works'}"
+        yield EXIT_FAILED, f"{' '.join(_names(wanted))}: no backend gives this; {given or 'no backend works'}"
 
 
 def _with_hint(answer: dict[str, Any], key: str) -> str:
@@ -245,10 +270,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "probe",
         help="what this kernel lets this process do, and why not",
         allow_abbrev=False,
-        description="Tries, in throw-away memory, what this kernel lets this process do. Nothing is changed.",
-        epilog="Exits with 0; with --require: 0 all there, 1 one missing, 3 could not tell; 2 usage; with --pid: 4 no "
-        "such process, 5 not ours to read, 6 a kernel thread. Data go to standard output, everything else to "
-        "standard error.",
+        description="Try, in throw-away memory, what this kernel lets this process do. Nothing is changed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--format", choices=list(cli_formats.FORMATS), default="text", help="default: text")
     parser.add_argument(
@@ -290,17 +314,17 @@ def _run_pid(arguments: argparse.Namespace) -> int:
         answers = readable(arguments.pid)
     except TargetGoneError as error:
         _complain(error.strerror or "", arguments)
-        return KERNEL_THREAD if cli_scan.is_kernel_thread(arguments.pid) else GONE
+        return EXIT_KERNEL_THREAD if cli_scan.is_kernel_thread(arguments.pid) else EXIT_GONE
     written = _put(cli_formats.PID_FORMATS[arguments.format](answers), arguments)
-    return DENIED if answers["answers"]["pagemap"]["state"] == "denied" else written
+    return EXIT_ACCESS if answers["answers"]["pagemap"]["state"] == "denied" else written
 
 
 def _put(text: str, arguments: argparse.Namespace) -> int:
     """Print, and return the exit status: what could not be written was not told."""
     if arguments.quiet:
-        return PRESENT
+        return EXIT_OK
     status = put([text], PROGRAM)
-    return UNTOLD if status == EXIT_FAILED else status
+    return EXIT_UNTOLD if status == EXIT_FAILED else status
 
 
 def _complain(line: str, arguments: argparse.Namespace) -> None:

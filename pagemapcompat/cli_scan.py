@@ -20,7 +20,19 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import attrs
 
 from pagemapcompat.abi import Feature, PageCategory
-from pagemapcompat.cli_streams import EXIT_BROKEN_PIPE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, put, say
+from pagemapcompat.cli_streams import (
+    EXIT_ACCESS,
+    EXIT_BROKEN_PIPE,
+    EXIT_FAILED,
+    EXIT_GONE,
+    EXIT_INTERRUPTED,
+    EXIT_KERNEL_THREAD,
+    EXIT_OK,
+    EXIT_UNSUPPORTED,
+    EXIT_USAGE,
+    put,
+    say,
+)
 from pagemapcompat.errors import InvalidArgumentError, PagemapCompatError, TargetGoneError, UnsupportedError
 from pagemapcompat.memory import PAGE_SHIFT, USER_END, AddressRange, page_size
 from pagemapcompat.pagemap import Pagemap, ScanQuery
@@ -35,12 +47,6 @@ if TYPE_CHECKING:
 PROGRAM = "pagemapcompat scan"
 SCHEMA = 1
 
-EXIT_USAGE = 2
-EXIT_GONE = 4
-EXIT_ACCESS = 5
-EXIT_KERNEL_THREAD = 6
-EXIT_UNSUPPORTED = 7
-
 _EPILOG = f"""\
 categories: {", ".join(str(category.name).lower() for category in PageCategory)}
 
@@ -51,7 +57,7 @@ tracked; name wpallowed too.
 
 exit status:
   {EXIT_OK}    all went well
-  {EXIT_FAILED}    something else failed, as writing the output
+  {EXIT_FAILED}    another failure, such as writing the output
   {EXIT_USAGE}    wrong usage
   {EXIT_GONE}    there is no such process, or it ended
   {EXIT_ACCESS}    the process is not ours to read
@@ -195,7 +201,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("pid", metavar="PID", help='a process id, or "self"')
     parser.add_argument(
-        "range", metavar="START-END", nargs="?", help="these addresses alone, in hexadecimal, as in /proc/PID/maps"
+        "range", metavar="START-END", nargs="?", help="only these addresses, in hexadecimal, as in /proc/PID/maps"
     )
     parser.add_argument("--regions", action="store_true", help="a row a run of equal pages, not a row a mapping")
     for option, into, which in ("--only", "only", "all"), ("--not", "without", "none"):
@@ -205,7 +211,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             metavar="CATEGORY[,...]",
             action="append",
             default=[],
-            help=f"count pages alone that have {which} of these categories",
+            help=f"count only pages that have {which} of these categories",
         )
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.set_defaults(run=run)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import mmap
-from typing import TYPE_CHECKING
 
-from pagemapcompat.cli_streams import put
+from pagemapcompat.cli_streams import EXIT_FAILED, EXIT_NONE_USABLE, EXIT_OK, put
 from pagemapcompat.errors import AccessError, PagemapCompatError, UnsupportedError
 from pagemapcompat.memory import page_size
 from pagemapcompat.probe import BACKEND_NAMES
 from pagemapcompat.tracker import DirtyTracker
 
-if TYPE_CHECKING:
-    import argparse
-
-FAILED, NONE_USABLE = 1, 77
 PAGES = 64
+_EPILOG = f"""\
+exit status:
+  {EXIT_OK}   all passed
+  {EXIT_FAILED}   one failed
+  {EXIT_NONE_USABLE}  none works here
+"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,8 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "selftest",
         help="write to a small memory and see whether each backend reports just that",
-        description="Runs every backend that works here on a small memory: a line each.",
-        epilog="Exits with 0 when all passed, 1 when one failed, 77 when none works here.",
+        description="Run every backend that works here on a small memory: a line each.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
 
@@ -44,7 +47,7 @@ def run(_arguments: argparse.Namespace) -> int:
         passed += wrong is None
         lines.append(f"{name}: {f'FAILED: {wrong}' if wrong else 'passed'}\n")
     written = put(lines, "pagemapcompat selftest")
-    return FAILED if failed else written if passed else NONE_USABLE
+    return EXIT_FAILED if failed else written if passed else EXIT_NONE_USABLE
 
 
 def _check(tracker: DirtyTracker) -> str | None:

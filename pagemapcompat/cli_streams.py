@@ -1,4 +1,4 @@
-"""The standard streams of the command line: any of them may be closed, full, or read no more."""
+"""What all commands share: exit statuses, and standard streams, any of which may be closed, full, or read no more."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNTOLD = 3
+EXIT_GONE = 4
+EXIT_ACCESS = 5
+EXIT_KERNEL_THREAD = 6
+EXIT_UNSUPPORTED = 7
+EXIT_NONE_USABLE = 77
+"""By which automake's tests say that they were skipped."""
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 

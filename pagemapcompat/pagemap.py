@@ -7,7 +7,7 @@ import operator
 import os
 from errno import EACCES, EBADF, EBADMSG, EFAULT, EINVAL, EISDIR, ENOENT, ENOTTY, EOPNOTSUPP, EPERM, ESPIPE, ESRCH
 from struct import iter_unpack
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
 import attrs
 
@@ -349,12 +349,12 @@ class Pagemap:
 
     def _check_words(self, mentioned: PageCategory) -> None:
         if not self._own:
-            self._refuse(mentioned & (PageCategory.WRITTEN | PageCategory.WPALLOWED), "of another process")
+            self._refuse_any(mentioned & (PageCategory.WRITTEN | PageCategory.WPALLOWED), "of another process")
         for category, feature in _SHOWN_BY.items():
             if not probe().supports(feature):
-                self._refuse(mentioned & category, f"on a kernel without {feature.value}")
+                self._refuse_any(mentioned & category, f"on a kernel without {feature.value}")
 
-    def _refuse(self, categories: PageCategory, where: str) -> None:
+    def _refuse_any(self, categories: PageCategory, where: str) -> None:
         if categories:
             raise UnsupportedError.make(
                 EOPNOTSUPP,
@@ -363,9 +363,9 @@ class Pagemap:
                 hint=f"ask for other categories, or run on a kernel with feature {Feature.PAGEMAP_SCAN.value}",
             )
 
-    def _fail(self, number: int, query: ScanQuery, asked: AddressRange, operation: str) -> None:
+    def _fail(self, number: int, query: ScanQuery, asked: AddressRange, operation: str) -> NoReturn:
         if number == EOPNOTSUPP:
-            self._refuse(query.mentioned & ~_kernel.TELLABLE, "from pagemap words")
+            self._refuse_any(query.mentioned & ~_kernel.TELLABLE, "from pagemap words")
         if number == EINVAL:
             for bit in (PageCategory(1 << i) for i in range(64) if query.mentioned >> i & 1):
                 if _kernel.pagemap_scan(self._fd, 0, 0, report=bit)[0] == -EINVAL:

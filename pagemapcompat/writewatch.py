@@ -282,8 +282,8 @@ class WriteWatch:
     def _take(self, asked: AddressRange, count: int | None) -> WrittenAddresses:
         """What was written, watched anew.
 
-        Interrupts come when a call begins or has returned, that of the lock's end too. Whatever is taken is in *taken*
-        or in _kept then, until it is the caller's.
+        An interrupt can come when any call begins or has returned, the release of the lock included. What was taken is
+        then in *taken* or in `_kept`, until the caller has it.
         """
         taken: ScanResult | WrittenAddresses | None = None
         try:
