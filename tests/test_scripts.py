@@ -64,6 +64,17 @@ def test_the_five_line_program_runs_as_written() -> None:
         assert (lo, hi) == (first, first + PAGE)
 
 
+def test_the_program_with_numpy_runs_as_written() -> None:
+    """It prints what its comment says, and leaves nothing written."""
+    program = fenced("python")[1]
+    wrote = [int(number) * 4 for number in re.search(r"pixels\[(\d+):(\d+)\]", program).groups()]
+    first, last = wrote[0] // PAGE * PAGE, -(-wrote[1] // PAGE) * PAGE
+    *printed, left = run_child(f"{program}    print(ram.peek().pages, result.complete)\n").split("\n")[:2]
+    assert (printed, left) == ([f"[[{first}, {last}]]"], "0 True")
+    if page_size() == 1 << 12:
+        assert f"# [[{first}, {last}]]" in program
+
+
 def test_the_command_lines_of_readme_are_understood() -> None:
     """Each is run as it stands, with this process where a process is named."""
     lines = [line for block in fenced("sh") for line in block.splitlines() if line.startswith("pagemapcompat ")]
