@@ -29,6 +29,7 @@ from pagemapcompat.cli_streams import (
 )
 from pagemapcompat.errors import AccessError, KernelError, PagemapCompatError, TargetGoneError, UnsupportedError
 from pagemapcompat.laboratory import Laboratory
+from pagemapcompat.mappings import parse
 from pagemapcompat.memory import AddressRange, page_size
 from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import BACKEND_NAMES, FeatureReport, ProbeResult, probe, try_feature
@@ -251,7 +252,7 @@ def _scans(pagemap: Pagemap, where: AddressRange, category: PageCategory) -> dic
 def _shows_pfn(pid: int, pagemap: Pagemap) -> dict[str, Any]:
     starts: list[int] = []
     with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
-        starts = [int(line.partition(b"-")[0], 16) for line in maps if not line.rstrip().endswith(b"[vsyscall]")]
+        starts = [mapping.start for mapping in parse(maps) if mapping.path != "[vsyscall]"]
     for start in starts:
         for entry in pagemap.entries(AddressRange.from_length(start, page_size())):
             if entry.flags & EntryFlag.PRESENT:

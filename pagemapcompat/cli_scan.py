@@ -34,6 +34,7 @@ from pagemapcompat.cli_streams import (
     say,
 )
 from pagemapcompat.errors import InvalidArgumentError, PagemapCompatError, TargetGoneError, UnsupportedError
+from pagemapcompat.mappings import Mapping, parse
 from pagemapcompat.memory import PAGE_SHIFT, USER_END, AddressRange, page_size
 from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import probe
@@ -97,21 +98,6 @@ class _KernelThreadError(PagemapCompatError):
 
 
 @attrs.frozen
-class _Mapping:
-    """A line of /proc/PID/maps, cut to what was asked about."""
-
-    start: int
-    end: int
-    permissions: str
-    path: str
-
-    @property
-    def length(self) -> int:
-        """In bytes."""
-        return self.end - self.start
-
-
-@attrs.frozen
 class _Request:
     """What the command line asks for."""
 
@@ -138,7 +124,7 @@ class _Report:
     source: Literal["PAGEMAP_SCAN", "pagemap words"]
     told: PageCategory
     """The categories that can be told of this process."""
-    mappings: list[_Mapping]
+    mappings: list[Mapping]
     results: list[ScanResult]
 
     @property
@@ -338,14 +324,12 @@ def _check_memory(pid: int, maps: IO[bytes]) -> None:
         raise TargetGoneError.make(ESRCH, f"/proc/{pid}/maps", "the process ended, or runs another program now")
 
 
-def _mappings(maps: IO[bytes], asked: AddressRange) -> Iterator[_Mapping]:
-    for line in maps:
-        # "start-end permissions offset device inode path"; the path may have spaces, or not be there.
-        addresses, permissions, _, _, _, *path = line.rstrip(b"\n").split(maxsplit=5)
-        start, end = (int(address, 16) for address in addresses.split(b"-"))
-        start, end = max(start, asked.start), min(end, asked.end)
+def _mappings(maps: IO[bytes], asked: AddressRange) -> Iterator[Mapping]:
+    """Cut to what was asked about."""
+    for mapping in parse(maps):
+        start, end = max(mapping.start, asked.start), min(mapping.end, asked.end)
         if start < end:
-            yield _Mapping(start, end, permissions.decode(), b"".join(path).decode(errors="backslashreplace"))
+            yield attrs.evolve(mapping, start=start, end=end)
 
 
 def _told(pagemap: Pagemap, mentioned: PageCategory) -> PageCategory:
@@ -365,7 +349,7 @@ def _told(pagemap: Pagemap, mentioned: PageCategory) -> PageCategory:
     return told
 
 
-def _scan(pagemap: Pagemap, mappings: list[_Mapping], query: ScanQuery) -> Iterator[ScanResult]:
+def _scan(pagemap: Pagemap, mappings: list[Mapping], query: ScanQuery) -> Iterator[ScanResult]:
     total, done = sum(mapping.length for mapping in mappings), 0
     with _progress() as show:
         for piece, mapped in _pieces(mappings):
@@ -374,7 +358,7 @@ def _scan(pagemap: Pagemap, mappings: list[_Mapping], query: ScanQuery) -> Itera
             show(done / total)
 
 
-def _pieces(mappings: list[_Mapping]) -> Iterator[tuple[AddressRange, int]]:
+def _pieces(mappings: list[Mapping]) -> Iterator[tuple[AddressRange, int]]:
     """The mapped memory in pieces of about one size, and how much of each is mapped.
 
     One piece may hold thousands of mappings, so that each costs no call, and one mapping may be in many.

@@ -6,40 +6,25 @@ from errno import EINVAL
 from typing import NoReturn
 
 from pagemapcompat.errors import AlignmentError, NotTrackableError
+from pagemapcompat.mappings import Mapping, own_mappings
 from pagemapcompat.memory import AddressRange, page_size
-
-
-def mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
-    """(range, permissions, path) of every mapping that touches *memory*."""
-    found = []
-    # Nothing else that ends a line for Python is escaped in the name of a file (fs/proc/task_mmu.c: show_map_vma).
-    with open("/proc/self/maps", encoding="utf-8", errors="replace", newline="\n") as maps:
-        for line in maps:
-            start, end = (int(part, 16) for part in line.partition(" ")[0].split("-"))
-            if end <= memory.start:
-                continue
-            if start >= memory.end:
-                break
-            _, permissions, _, _, _, *path = line.rstrip("\n").split(None, 5)
-            found.append((AddressRange(start, end), permissions, path[0] if path else ""))
-    return found
 
 
 def raise_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn:
     """Look at the mappings in *memory*, and raise what fits the first that *backend* cannot have."""
-    found = mappings(memory)
+    found = own_mappings(memory)
     if not found:
         raise NotTrackableError.make(
             EINVAL, operation, f"nothing is mapped in {memory}", range=memory, hint="map it first, if only as PROT_NONE"
         )
-    for mapping, permissions, path in found:
-        huge = _huge_page_size(mapping)
+    for mapping in found:
+        huge, path = _huge_page_size(mapping), mapping.path
         if huge > page_size() and (memory.start % huge or memory.end % huge):
-            error = AlignmentError(f"{memory} begins or ends inside a huge page of {mapping} ({huge} bytes)")
+            error = AlignmentError(f"{memory} begins or ends inside a huge page of {mapping.range} ({huge} bytes)")
             error.address, error.length = memory.start, memory.length
             raise error.with_hint(f"in hugetlb memory track multiples of {huge} bytes")
-        shared = permissions[3] == "s"
-        if shared or path.startswith("/"):
+        sharing = "shared" if mapping.is_shared else "private"
+        if mapping.is_shared or path.startswith("/"):
             in_memory = path.startswith(("/dev/zero", "/memfd:", "/dev/shm/", "/SYSV", "/anon_hugepage"))  # noqa: S108
             hint = (
                 "shared and hugetlb memory is tracked since Linux 5.19; until then "
@@ -53,8 +38,8 @@ def raise_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn
             raise NotTrackableError.make(
                 EINVAL,
                 operation,
-                f"the kernel refuses the {'shared' if shared else 'private'} mapping {path} at {mapping}",
-                range=mapping,
+                f"the kernel refuses the {sharing} mapping {path} at {mapping.range}",
+                range=mapping.range,
                 hint=hint,
             )
     raise NotTrackableError.make(
@@ -66,7 +51,7 @@ def raise_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn
     )
 
 
-def _huge_page_size(mapping: AddressRange) -> int:
+def _huge_page_size(mapping: Mapping) -> int:
     """KernelPageSize of a mapping, in bytes, as /proc/self/smaps has it."""
     inside = False
     with open("/proc/self/smaps", encoding="utf-8", errors="replace", newline="\n") as smaps:

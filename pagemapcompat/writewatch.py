@@ -24,10 +24,10 @@ import attrs
 from pagemapcompat import _kernel
 from pagemapcompat.abi import Feature, PageCategory
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError, KernelError, PagemapCompatError
+from pagemapcompat.mappings import Mapping, own_mappings
 from pagemapcompat.memory import AddressRange, page_size
 from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import probe
-from pagemapcompat.refusals import mappings
 from pagemapcompat.results import ScanResult
 from pagemapcompat.tracker import TrackedRange
 
@@ -393,11 +393,12 @@ class WriteWatch:
     def _populate(self, memory: AddressRange) -> None:
         """Let pages that hold nothing carry a mark, where nobody can write to them meanwhile."""
         with Pagemap("self") as pagemap:
-            for mapping, permissions, path in mappings(memory):
+            for mapping in own_mappings(memory):
                 # Only private anonymous memory needs it, and readable memory has had it.
-                if not permissions.startswith("--") or permissions.endswith("s") or path.startswith("/"):
+                is_hidden = mapping.permissions.startswith("--")
+                if not is_hidden or mapping.is_shared or mapping.path.startswith("/"):
                     continue
-                hidden = _common(mapping, memory)
+                hidden = _common(mapping.range, memory)
                 for lo, hi in pagemap.scan(hidden, _EMPTY).spans():
                     self._populate_empty(AddressRange(hidden.start + lo, hidden.start + hi))
 
@@ -433,8 +434,8 @@ class WriteWatch:
         self._check_open()
         with self._lock:
             _protect(memory, _PROT_NONE)
-            for mapping, permissions, _ in _all_mappings(memory):
-                _discard(_common(mapping, memory), shared=permissions.endswith("s"))
+            for mapping in _all_mappings(memory):
+                _discard(_common(mapping.range, memory), shared=mapping.is_shared)
             # No kernel shows the others a discard of shared memory, nor the oldest one of any.
             self._ram.unprotect(*self._offsets(memory))
             self._forget(memory)
@@ -603,14 +604,14 @@ def _check(rc: int, operation: str, memory: AddressRange) -> None:
         raise KernelError.make(-rc, operation, os.strerror(-rc), range=memory, hint=hint)
 
 
-def _all_mappings(memory: AddressRange) -> list[tuple[AddressRange, str, str]]:
+def _all_mappings(memory: AddressRange) -> list[Mapping]:
     """Those of memory that is mapped throughout.
 
     Since 6.17 the text is made without the lock of the mappings. Beside mprotect(2) it may leave one out.
     """
     for _ in range(_READINGS):
-        found, end = mappings(memory), memory.start
-        for mapping, _, _ in found:
+        found, end = own_mappings(memory), memory.start
+        for mapping in found:
             if mapping.start <= end:
                 end = max(end, mapping.end)
         if end >= memory.end:

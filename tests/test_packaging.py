@@ -38,6 +38,7 @@ LAYERS = (
     {"errors", "abi"},
     {"_kernel"},
     {"memory"},
+    {"mappings"},
     {"results"},
     {"userfaultfd"},
     {"laboratory", "limits"},

@@ -15,7 +15,7 @@ from conftest import PAGE, Flavour, flavours, use_flavour
 from pagemapcompat import AddressRange, NotTrackableError, probe
 from pagemapcompat.__main__ import main
 from pagemapcompat.limits import read_limits
-from pagemapcompat.refusals import mappings
+from pagemapcompat.mappings import own_mappings
 
 NAMES = ["q\rz", "a\rb", "\r", "\x0b\x0c\x1c", "\x85\u2028", "a\nb", " ", "\\", "7f0000000000-7f0000001000 rw-p"]
 
@@ -40,7 +40,7 @@ def test_a_refused_file_of_any_name(uffd_wp: Flavour, name: str, tmp_path: Path)
         with pytest.raises(NotTrackableError, match="shared mapping") as caught:
             tracker.track(memory)
         assert str(tmp_path) in str(caught.value)
-        assert len(mappings(AddressRange(0, 1 << 47))) >= 10
+        assert len(own_mappings(AddressRange(0, 1 << 47))) >= 10
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)

@@ -47,7 +47,7 @@ from pagemapcompat import (
     probe,
     writewatch,
 )
-from pagemapcompat.refusals import mappings
+from pagemapcompat.mappings import Mapping, own_mappings
 from pagemapcompat.writewatch import (
     WRITE_WATCH_FLAG_RESET,
     WRITE_WATCH_GRANULARITY,
@@ -397,14 +397,14 @@ def test_what_the_mappings_leave_out_is_taken_back(tracker: DirtyTracker, monkey
     write(memory, 1, 5, 9)
     readings = 0
 
-    def without_one(asked: AddressRange) -> list[tuple[AddressRange, str, str]]:
+    def without_one(asked: AddressRange) -> list[Mapping]:
         nonlocal readings
-        found = mappings(asked)
+        found = own_mappings(asked)
         assert len(found) == 3
         left_out, readings = readings, readings + 1
         return [one for number, one in enumerate(found) if number != left_out]
 
-    monkeypatch.setattr(writewatch, "mappings", without_one)
+    monkeypatch.setattr(writewatch, "own_mappings", without_one)
     watch.decommit(GUEST, watch.size)
     assert readings == 4
     assert call(watch) == []
@@ -421,11 +421,11 @@ def test_memory_that_is_unmapped_while_it_is_taken_back(
     memory = area(8)
     watch = WriteWatch(tracker.track(memory), base=GUEST)
 
-    def unmapped(asked: AddressRange) -> list[tuple[AddressRange, str, str]]:
+    def unmapped(asked: AddressRange) -> list[Mapping]:
         libc.munmap(memory.start + 2 * PAGE, PAGE)
-        return mappings(asked)
+        return own_mappings(asked)
 
-    monkeypatch.setattr(writewatch, "mappings", unmapped)
+    monkeypatch.setattr(writewatch, "own_mappings", unmapped)
     with pytest.raises(KernelError, match="/proc/self/maps") as caught:
         watch.decommit(GUEST, 4 * PAGE)
     assert (caught.value.errno, caught.value.range) == (errno.ENOMEM, AddressRange.from_length(memory.start, 4 * PAGE))
