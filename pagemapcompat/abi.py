@@ -67,6 +67,10 @@ class EntryFlag(IntFlag):
     PRESENT = 1 << 63
 
 
+PFN_MASK = (1 << 55) - 1
+"""The bits of such a word that say which page frame, or which swap entry."""
+
+
 class UffdFeature(IntFlag):
     """The features of UFFDIO_API (`include/uapi/linux/userfaultfd.h`). Unknown bits pass through.
 

@@ -30,6 +30,7 @@ from pagemapcompat.errors import (
     TargetGoneError,
     UnsupportedError,
 )
+from pagemapcompat.limits import NOT_DUMPABLE_HINT
 from pagemapcompat.memory import AddressRange
 from pagemapcompat.pagemap import LOST_FILE
 from pagemapcompat.refusals import raise_einval
@@ -200,9 +201,8 @@ class Backend:
         try:
             return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError as error:
-            hint = "this process is not dumpable, as after dropping privileges: prctl(PR_SET_DUMPABLE, 1)"
             raise AccessError.make(
-                error.errno or EPERM, "open /proc/self/pagemap", error.strerror or "", hint=hint
+                error.errno or EPERM, "open /proc/self/pagemap", error.strerror or "", hint=NOT_DUMPABLE_HINT
             ) from error
         except OSError as error:
             raise KernelError.make(error.errno or 0, "open /proc/self/pagemap", error.strerror or "") from error

@@ -10,6 +10,8 @@ import attrs
 from pagemapcompat import _kernel
 from pagemapcompat.memory import page_size
 
+NOT_DUMPABLE_HINT = "this process is not dumpable, as after dropping privileges: prctl(PR_SET_DUMPABLE, 1)"
+"""What to do where this process may not open what is in /proc/self."""
 _CAPABILITIES = {19: "CAP_SYS_PTRACE", 21: "CAP_SYS_ADMIN", 40: "CAP_CHECKPOINT_RESTORE"}
 """Those that matter here, by number (`include/uapi/linux/capability.h`)."""
 _SECCOMP = ("off", "strict", "filter")
@@ -119,4 +121,4 @@ def _status() -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-__all__ = ["Limits", "read_limits"]
+__all__ = ["NOT_DUMPABLE_HINT", "Limits", "read_limits"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn, Self
 import attrs
 
 from pagemapcompat import _kernel
-from pagemapcompat.abi import EntryFlag, Feature, PageCategory
+from pagemapcompat.abi import PFN_MASK, EntryFlag, Feature, PageCategory
 from pagemapcompat.errors import (
     AccessError,
     ClosedError,
@@ -21,6 +21,7 @@ from pagemapcompat.errors import (
     TargetGoneError,
     UnsupportedError,
 )
+from pagemapcompat.limits import NOT_DUMPABLE_HINT
 from pagemapcompat.memory import PAGE_SHIFT, AddressRange, Memory, pin
 from pagemapcompat.probe import probe
 from pagemapcompat.registrations import registered
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 _WORD_SIZE = 8
 _MOST_PAGES = 1 << 47
 """More than any address space has, and few enough to be counted in bytes."""
-_PFN_BITS = (1 << 55) - 1
 _SWAP_TYPE_BITS = 5
 _SHOWN_BY = {
     PageCategory.WRITTEN: Feature.PAGEMAP_UFFD_WP,
@@ -152,8 +152,8 @@ class PagemapEntry:
     @classmethod
     def decode(cls, word: int) -> Self:
         """Decode a word. Pure."""
-        flags = EntryFlag(word & ~_PFN_BITS)
-        payload = word & _PFN_BITS
+        flags = EntryFlag(word & ~PFN_MASK)
+        payload = word & PFN_MASK
         if flags & EntryFlag.PRESENT:
             return cls(flags, payload or None, None)
         if flags & EntryFlag.SWAPPED:
@@ -257,7 +257,7 @@ class Pagemap:
                 ) from error
             if number in (EACCES, EPERM):
                 hint = (
-                    "this process is not dumpable, as after dropping privileges: prctl(PR_SET_DUMPABLE, 1)"
+                    NOT_DUMPABLE_HINT
                     if self._own
                     else "it belongs to another user or is protected: CAP_SYS_PTRACE is needed"
                 )

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
-from errno import EACCES, EINVAL, EPERM
+from errno import EINVAL, EPERM
 from typing import TYPE_CHECKING
 
 from pagemapcompat import _kernel
-from pagemapcompat.abi import EntryFlag, Feature, PageCategory, UffdFeature
+from pagemapcompat.abi import PFN_MASK, EntryFlag, Feature, PageCategory, UffdFeature
 from pagemapcompat.laboratory import ABSENT, DENIED, HUGE, Answer, Laboratory, State, Trial, check, yes
+from pagemapcompat.limits import NOT_DUMPABLE_HINT
 from pagemapcompat.memory import page_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-_PFN_MASK = (1 << 55) - 1
 
 
 def open_pagemap(lab: Laboratory) -> Answer:
@@ -24,8 +23,7 @@ def open_pagemap(lab: Laboratory) -> Answer:
         lab.pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in DENIED:
-            hint = "this process is not dumpable, as after dropping privileges: prctl(PR_SET_DUMPABLE, 1)"
-            return "denied", error.errno, "/proc/self/pagemap may not be opened", hint
+            return "denied", error.errno, "/proc/self/pagemap may not be opened", NOT_DUMPABLE_HINT
         if error.errno not in ABSENT:
             raise
         hint = "mount /proc; a kernel needs CONFIG_PROC_PAGE_MONITOR"
@@ -39,7 +37,7 @@ def _pfn(lab: Laboratory) -> Answer:
         return missing
     with lab.memory(page_size()) as (at, view):
         view[0] = 1
-        if lab.word(at) & _PFN_MASK:
+        if lab.word(at) & PFN_MASK:
             return yes("pagemap words show page frame numbers")
     return "denied", EPERM, "pagemap words show 0 for page frame numbers", "CAP_SYS_ADMIN, since Linux 4.2"
 
@@ -76,7 +74,7 @@ def try_soft_dirty(lab: Laboratory) -> Answer:
                 with open("/proc/self/clear_refs", "w", encoding="utf-8") as refs:
                     refs.write("4")
             except OSError as error:
-                state: State = "denied" if error.errno in (EACCES, EPERM) else "no"
+                state: State = "denied" if error.errno in DENIED else "no"
                 hint = "prctl(PR_SET_DUMPABLE, 1), or a kernel with CONFIG_PROC_PAGE_MONITOR"
                 return state, error.errno, "/proc/self/clear_refs cannot be written", hint
             clean = lab.word(at)
