@@ -87,8 +87,6 @@ class Attached:
     """Of the range."""
     length: int
     """In bytes, as the owner of the memory sees it."""
-    granularity: int
-    """The size of its largest page, in bytes."""
     guarantees: Guarantee
     rearm: int
     """`_kernel.REARM`: what has lost its registration gets it back; or 0: it is an error."""
@@ -260,7 +258,6 @@ class Backend:
             range=memory,
             start=memory.start,
             length=length,
-            granularity=_kernel.range_granularity(handle),
             guarantees=guarantees,
             rearm=_kernel.REARM if rearm else 0,
         )
@@ -524,7 +521,6 @@ def _calibrate() -> None:
         range=nowhere,
         start=new,
         length=0,
-        granularity=0,
         guarantees=Guarantee(0),
         rearm=0,
     )

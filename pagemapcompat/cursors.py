@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Self, SupportsIndex
 
+from pagemapcompat import _kernel
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError
-from pagemapcompat.memory import AddressRange
+from pagemapcompat.memory import AddressRange, page_size
 from pagemapcompat.pagemap import check_max_pages
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ class Cursor:
         range: Where the memory lies.
 
         guarantees: What the backend promises for this mapping.
-
-        granularity: What offsets are multiples of, in bytes: the page size, or in hugetlb memory that of its huge
-            pages.
     """
 
     def __init__(self, backend: Backend, attached: Attached, *, keep: object = None) -> None:
@@ -44,7 +42,6 @@ class Cursor:
         self._closed = False
         self.range: AddressRange = attached.range
         self.guarantees: Guarantee = attached.guarantees
-        self.granularity: int = attached.granularity
 
     def __repr__(self) -> str:
         """For people."""
@@ -53,6 +50,11 @@ class Cursor:
     def __len__(self) -> int:
         """In bytes, as the owner of the memory sees it."""
         return self._attached.length
+
+    @property
+    def granularity(self) -> int:
+        """What offsets are multiples of, in bytes: the size of the memory's largest page. A rearm may change it."""
+        return _kernel.range_granularity(self._attached.handle) or page_size()
 
     def peek(
         self, start: SupportsIndex = 0, stop: SupportsIndex | None = None, *, max_pages: int | None = None
@@ -125,7 +127,7 @@ class Cursor:
         self._backend.engage_wp(self._attached, asked)
 
     def _asked(self, start: SupportsIndex, stop: SupportsIndex | None) -> AddressRange:
-        whole = self.range
+        whole, unit = self.range, self.granularity
         length = self._attached.length
         try:
             first = operator.index(start)
@@ -140,11 +142,11 @@ class Cursor:
                     if whole.start <= value <= whole.end
                     else f"offsets count from the start of the tracked memory, 0 to {length}; None is the end"
                 )
-            if (whole.start + value) % self.granularity and value not in (0, length):
-                odd = AlignmentError(f"{name}={value} is not a multiple of {self.granularity} bytes")
+            if (whole.start + value) % unit and value not in (0, length):
+                odd = AlignmentError(f"{name}={value} is not a multiple of {unit} bytes")
                 odd.address, odd.length = whole.start + value, last - first
-                down = value - (whole.start + value) % self.granularity
-                raise odd.with_hint(f"use {down} or {down + self.granularity}")
+                down = value - (whole.start + value) % unit
+                raise odd.with_hint(f"use {down} or {down + unit}")
         if last < first:
             raise InvalidArgumentError(f"stop={last} lies before start={first}").with_hint(
                 "stop is exclusive, not a length"

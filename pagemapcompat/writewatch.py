@@ -202,7 +202,6 @@ class WriteWatch:
             ).with_hint("give the address at which the guest sees the memory")
         self._ram = ram
         self._shift = self.base - whole.start
-        self._unit = ram.granularity
         self._kept: set[int] = set()  # host addresses that were collected, and are still written
         self._lost: tuple[ScanResult | WrittenAddresses, ...] = ()  # what was taken, and then reached nobody
         self._lock = threading.RLock()  # around whatever touches those, and what reads the mappings to change them
@@ -211,6 +210,10 @@ class WriteWatch:
         self._pid = os.getpid()
         self._closed = False
         self._cursor = ram.cursor()
+
+    @property
+    def _unit(self) -> int:
+        return self._ram.granularity
 
     def __repr__(self) -> str:
         """For people."""
@@ -325,8 +328,8 @@ class WriteWatch:
         """Whether a scan finds just what is asked for; and its start, stop and limit."""
         self._recover()
         direct = self._unit == WRITE_WATCH_GRANULARITY and not self._kept
-        # Pieces of the first unit may lie before what is asked about.
-        limit = count if direct or count is None else count + self._unit // WRITE_WATCH_GRANULARITY
+        # Pieces of the first unit may lie before what is asked about, and a unit that would not fit is left out.
+        limit = count if direct or count is None else count + 2 * self._unit // WRITE_WATCH_GRANULARITY
         return direct, *self._offsets(asked), limit
 
     def _all_of(self, result: ScanResult) -> WrittenAddresses:
@@ -434,10 +437,14 @@ class WriteWatch:
         self._check_open()
         with self._lock:
             _protect(memory, _PROT_NONE)
-            for mapping in _all_mappings(memory):
-                _discard(_common(mapping.range, memory), shared=mapping.is_shared)
-            # No kernel shows the others a discard of shared memory, nor the oldest one of any.
+            # No kernel shows the others a discard of shared memory, nor the oldest one of any. Declared before: if it
+            # fails nothing is gone, and if a discard does they know; and after: somebody may have collected meanwhile.
             self._ram.unprotect(*self._offsets(memory))
+            try:
+                for mapping in _all_mappings(memory):
+                    _discard(_common(mapping.range, memory), shared=mapping.is_shared)
+            finally:
+                self._ram.unprotect(*self._offsets(memory))
             self._forget(memory)
 
     # -- The Win32 contract -----------------------------------------------------------------------------------

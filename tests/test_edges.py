@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from children import Crew, Mirror, in_child
+from children import Crew, Mirror, in_child, preloaded
 from conftest import (
     HUGE,
     HUGE_PAGES,
@@ -26,10 +26,20 @@ from conftest import (
     pages_of,
     private,
     rounds,
+    run_child,
     write,
 )
 
-from pagemapcompat import AddressRange, DirtyTracker, Feature, NotTrackedError, _kernel, probe
+from pagemapcompat import (
+    AddressRange,
+    AlignmentError,
+    DirtyTracker,
+    Feature,
+    KernelError,
+    NotTrackedError,
+    _kernel,
+    probe,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -324,3 +334,88 @@ def test_a_guard_page_behind_a_run_that_cannot_be_protected(
             assert pages_of(ram.collect()) == {CHUNK - 2, CHUNK - 1, CHUNK + 100}
 
     in_child(check)
+
+
+MOVED_AWAY = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/userfaultfd.h>
+#include <stdarg.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+char *moved;
+
+int ioctl(int fd, unsigned long request, ...)
+{
+	va_list rest;
+	va_start(rest, request);
+	void *argument = va_arg(rest, void *);
+	va_end(rest);
+	if (moved && request == UFFDIO_WRITEPROTECT) {
+		char *page = moved;
+		size_t size = sysconf(_SC_PAGESIZE);
+		moved = NULL;
+		if (mremap(page, size, size, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL) == MAP_FAILED)
+			return -1;
+		*page = 7;
+	}
+	return syscall(SYS_ioctl, fd, request, argument);
+}
+"""
+"""Before the next call that protects anything, *moved* is taken away from where it is, and that is stored to."""
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize("flavour", flavours("uffd-wp"), indirect=True, ids=lambda flavour: flavour.name)
+def test_a_page_that_is_taken_away_and_written_during_a_collect(flavour: Flavour, tmp_path: Path) -> None:
+    """It is in that collect or the next. Nothing protects it unseen, however many others are protected beside it."""
+    assert flavour.backend == "uffd-wp"
+    need_shared()
+    program = """
+        import ctypes, mmap
+        from conftest import PAGE, libc, pages_of, write
+        from pagemapcompat import AddressRange, DirtyTracker
+        place = libc.mmap(4096 * PAGE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        memory = AddressRange.from_length(place, 4096 * PAGE)
+        libc.fill(place, memory.length)
+        with DirtyTracker("uffd-wp") as tracker, tracker.track(memory) as ram:
+            for page in range(0, 4096, 2):
+                libc.fill(place + page * PAGE, 1, 2)
+            ctypes.c_void_p.in_dll(ctypes.CDLL(None), "moved").value = place + 101 * PAGE
+            found = pages_of(ram.collect())
+            assert ctypes.string_at(place + 101 * PAGE, 1) == bytes([7])
+            found |= pages_of(ram.collect())
+            assert found == {*range(0, 4096, 2), 101}, found ^ {*range(0, 4096, 2), 101}
+            assert pages_of(ram.collect()) == set()
+        """
+    run_child(program, env=preloaded(MOVED_AWAY, tmp_path))
+
+
+def test_huge_pages_that_come_to_a_range_of_small_ones(
+    flavour: Flavour, pool: None, area: Callable[..., AddressRange]
+) -> None:
+    """Offsets are multiples of theirs from then on: a call that cuts one would find nothing, whatever was written."""
+    need_shared()
+    memory = area(4 * HUGE_PAGES)
+    with flavour.tracker(on_untracked="rearm") as tracker:
+        ram = tracker.track(memory)
+        reader = ram.cursor()
+        assert ram.granularity == reader.granularity == PAGE
+        libc.mmap(HUGE, flags=PRIVATE | libc.MAP_HUGETLB, address=memory.start + HUGE)
+        ram.collect()
+        reader.collect()
+        assert ram.granularity == reader.granularity == HUGE
+        libc.fill(memory.start + HUGE + 5 * PAGE, 1)
+        for call in (ram.peek, ram.collect, ram.reset, reader.collect):
+            with pytest.raises(AlignmentError, match=f"multiple of {HUGE}"):
+                call(HUGE, HUGE + 16 * PAGE)
+        # Who asked before it came goes by what was there.
+        old = AddressRange.from_length(memory.start + HUGE, 16 * PAGE)
+        for flags in (0, _kernel.ENGAGE):
+            with pytest.raises(KernelError, match="UFFDIO_WRITEPROTECT"):
+                ram._backend.scan(ram._attached, old, 0, flags)
+        assert pages_of(ram.collect(HUGE, 2 * HUGE)) == set(range(HUGE_PAGES, 2 * HUGE_PAGES))
+        assert pages_of(reader.collect()) == set(range(HUGE_PAGES, 2 * HUGE_PAGES))

@@ -339,6 +339,12 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 	while (pos < end) {
 		const struct piece *piece = pmc_piece_at(range, pos);
 		uint64_t limit = min_u64(end, piece->end), left = 0, walk_end;
+		if ((pos | limit) & ((1ull << piece->page_shift) - 1)) {
+			// Asked for with what was mapped before: a part of a huge page has no word of its own.
+			tracker->operation = "UFFDIO_WRITEPROTECT";
+			rc = -EINVAL;
+			break;
+		}
 		if (max_pages) {
 			left = max_pages > result->pages ? max_pages - result->pages : 0;
 			if (result->pages && left < 1ull << (piece->page_shift - shift)) {

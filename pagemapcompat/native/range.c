@@ -264,6 +264,7 @@ int pmc_reset_stretch(struct pmc_range *range, uint64_t start, uint64_t end, uin
 int pmc_range_close_locked(struct pmc_range *range)
 {
 	struct pmc_tracker *tracker = range->tracker;
+	sigset_t signals;
 	if (!range->open)
 		return 0;
 	range->open = false;
@@ -272,13 +273,13 @@ int pmc_range_close_locked(struct pmc_range *range)
 	int rc = pmc_unregister_all(tracker, &tracker->vmas, range->start, range->end);
 	if (atomic_load(&tracker->fault_errno))
 		rc = 0;
-	pmc_fair_lock(&tracker->fault_lock);
+	pmc_hold_fault_thread(tracker, &signals);
 	struct pmc_range **link = &tracker->ranges;
 	while (*link && *link != range)
 		link = &(*link)->next;
 	if (*link)
 		*link = range->next;
-	pmc_fair_unlock(&tracker->fault_lock);
+	pmc_release_fault_thread(tracker, &signals);
 	return rc;
 }
 
@@ -294,6 +295,7 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	uint64_t words = align_up(((range->end - range->start) >> tracker->page_shift), 64) / 64, walk_end;
+	sigset_t signals;
 
 	range->bits_size = words * sizeof(uint64_t);
 	range->quiet = pmc_own_pages(tracker, range->start, range->end, 2 * range->bits_size);
@@ -317,10 +319,10 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	if (rc)
 		return rc;
 	// The fault thread must know a range before it protects its first page.
-	pmc_fair_lock(&tracker->fault_lock);
+	pmc_hold_fault_thread(tracker, &signals);
 	range->next = tracker->ranges;
 	tracker->ranges = range;
-	pmc_fair_unlock(&tracker->fault_lock);
+	pmc_release_fault_thread(tracker, &signals);
 	range->open = true;
 	rc = check_fault_thread(tracker, range->start, range->end);
 	if (!rc && range->bare)

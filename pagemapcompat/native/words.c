@@ -2,11 +2,11 @@
 //
 // What makes it lossless. A page is protected only after it was read as written, and is then part of this answer:
 // stores before the protection are covered by it, stores after it fault. A page read as unchanged is left alone, so
-// whatever happens to it next is seen next time. Protecting a whole range after reading it would be cheaper and is
-// allowed only where nothing can make an unchanged page writable in between: the fault thread is held off by
-// fault_lock, but no lock holds off a MADV_DONTNEED, after which a private page is empty, can be written without a
-// fault, and would then be protected with nobody told. Shared pages keep their mark through it (mm/memory.c:
-// zap_install_uffd_wp_if_needed, since 5.19), so for them, and only for them, the whole-range call is used.
+// whatever happens to it next is seen next time. Protecting a whole range after reading it would be cheaper, and lose
+// writes: a lock would hold off the fault thread, but none holds off a MADV_DONTNEED, or a mremap(2) with
+// MREMAP_DONTUNMAP, after which a page is empty, can be written without a fault, and would then be protected with nobody
+// told. Shared pages keep their mark through the first (mm/memory.c: zap_install_uffd_wp_if_needed, since 5.19), not
+// through the second (seen on 6.18.44).
 //
 // What a word tells:
 //   mark (bit 57)      unchanged since it was protected
@@ -24,16 +24,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
-
-// Shared memory may be protected by one call for a whole chunk instead of one for each run. The one call takes about
-// this long a page. A call for a run takes 0.8 us alone, and 10 to 20 times that beside a busy thread, whose CPU has
-// its TLB flushed each time. So engage() times the calls for runs, and changes over when those that are left would take
-// longer.
-#define WHOLE_NS_PER_PAGE 64
 
 static bool logs(const struct pmc_tracker *tracker)
 {
@@ -90,7 +83,6 @@ struct pass {
 	uint32_t unit_shift;
 	uint32_t kind;
 	bool engage;
-	bool held; // fault_lock keeps unchanged pages protected meanwhile
 	uint64_t marked; // a page with any of these bits is unchanged
 	bool plain; // words tell all: there is no log, and no page is quiet
 	bool unmarkable; // there may be such among the written ones
@@ -274,13 +266,6 @@ static void remember(const struct pass *pass, uint64_t pos, uint64_t from, uint6
 	}
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
 // Populates the run [from, to) if a page of it is empty, which could carry no mark, and reads its words anew. The first
 // word is that of *pos*.
 static int populate_run(const struct pass *pass, uint64_t pos, uint64_t from, uint64_t to)
@@ -311,14 +296,7 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 
 	while (index && out->vec[index - 1].end > first)
 		index--;
-	bool whole = logs(tracker);
-	bool may_be_whole = pass->held && !whole;
-	uint64_t began = may_be_whole ? now_ns() : 0, all = ((*stop - pos) >> tracker->page_shift) * WHOLE_NS_PER_PAGE;
 	for (uint64_t i = index; i < out->count && !rc; i++) {
-		if (may_be_whole && i > index && (now_ns() - began) / (i - index) * (out->count - i) > all) {
-			whole = true;
-			break;
-		}
 		uint64_t from = max_u64(out->vec[i].start, first), to = out->vec[i].end;
 		pass->late = pass->more && to == *stop && !pass->unmarkable ? from : PAST;
 		if (pass->late != PAST) {
@@ -327,16 +305,15 @@ static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 		}
 		if (needs_population(pass))
 			rc = populate_run(pass, pos, from, to);
-		if (!rc && !whole)
+		if (!rc && !logs(tracker))
 			rc = pmc_protect(tracker, from, to, pass->unit_shift, 1, &untracked);
 		// After another error nobody knows how far it got: the run stays in the answer, protected or still
 		// written.
 		last = rc == -ENOENT ? untracked : to;
 	}
 	// What is done stays done: an untracked page among it is the next call's.
-	uint64_t rest = logs(tracker) ? pos : last;
-	if (whole && !rc && *stop > rest) {
-		rc = pmc_protect(tracker, rest, *stop, pass->unit_shift, 1, &untracked);
+	if (logs(tracker) && !rc && *stop > pos) {
+		rc = pmc_protect(tracker, pos, *stop, pass->unit_shift, 1, &untracked);
 		last = rc == -ENOENT ? untracked : *stop;
 	}
 	// Without marks, what may be open stays in the log, and with it in the next answer instead of this one.
@@ -380,7 +357,7 @@ static int scan_chunk(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *s
 	sigset_t signals;
 
 	*stop = pos;
-	if (pass->held)
+	if (logs(tracker)) // also for a peek
 		pmc_hold_fault_thread(tracker, &signals);
 	int rc = pmc_own_words_read(tracker, pos, count, pass->unit_shift, tracker->words);
 	if (!rc)
@@ -392,7 +369,7 @@ static int scan_chunk(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *s
 	} else if (pass->engage) {
 		rc = engage(pass, pos, stop);
 	}
-	if (pass->held)
+	if (logs(tracker))
 		pmc_release_fault_thread(tracker, &signals);
 	return rc;
 }
@@ -416,9 +393,6 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 			.page_shift = tracker->page_shift,
 		},
 	};
-	// An asynchronous userfaultfd resolves faults in the kernel, which no lock of ours holds off.
-	// The log is read under it too, by a peek as well.
-	pass.held = !pmc_is_async(tracker) && (logs(tracker) || (pass.engage && piece->kind == PMC_KIND_SHARED));
 	// Whether registration must be confirmed first: where a remapped page may still show its old mark, where
 	// nothing shows marks, and where an empty or a guard page can have none.
 	bool confirm = logs(tracker) || range->quiet_used ||
@@ -456,7 +430,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 			end = min_u64(end, untracked_from);
 		// A run of the answer is protected by one call, for each flushes the TLB of whatever CPU is busy;
 		// unless each chunk is a step of its own.
-		pass.more = end < arg->end && !pass.held && !needs_population(&pass);
+		pass.more = end < arg->end && !logs(tracker) && !needs_population(&pass);
 
 		uint64_t stop;
 		rc = scan_chunk(&pass, pos, end, &stop);
