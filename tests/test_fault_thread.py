@@ -589,3 +589,53 @@ def test_a_clock_that_is_set_while_a_tracker_is_closed(uffd_wp: Flavour, tmp_pat
         assert resources() == before
         """
     run_child(program, env=preloaded(SET_FORWARD, tmp_path))
+
+
+STORING_HANDLER = """
+#include <signal.h>
+#include <sys/time.h>
+
+static volatile char *hot;
+
+static void store(int number)
+{
+	hot[0] = (char)number;
+}
+
+void store_often(char *page)
+{
+	struct sigaction action = { .sa_handler = store, .sa_flags = SA_RESTART };
+	struct itimerval often = { { 0, 37 }, { 0, 37 } };
+	hot = page;
+	sigaction(SIGALRM, &action, 0);
+	setitimer(ITIMER_REAL, &often, 0);
+}
+
+void store_no_more(void)
+{
+	struct itimerval never = { { 0, 0 }, { 0, 0 } };
+	setitimer(ITIMER_REAL, &never, 0);
+}
+"""
+"""A handler in C, which runs at once, wherever its thread is."""
+
+
+@pytest.mark.anywhere
+def test_a_signal_handler_that_stores_while_ranges_come_and_go(uffd_wp: Flavour, tmp_path: Path) -> None:
+    """The thread that it interrupts holds nothing then that resolves its fault."""
+    program = """
+        import ctypes
+        from conftest import PAGE, libc
+        from pagemapcompat import AddressRange, DirtyTracker
+        own = ctypes.CDLL(None)
+        own.store_often.argtypes = [ctypes.c_void_p]
+        hot, other = libc.mmap(PAGE), libc.mmap(PAGE)
+        with DirtyTracker("uffd-wp") as tracker, tracker.track((hot, PAGE)) as ram:
+            own.store_often(hot)
+            for _ in range(1000):
+                with tracker.track((other, PAGE)):
+                    ram.reset()
+                ram.reset()
+            own.store_no_more()
+        """
+    run_child(program, env=preloaded(STORING_HANDLER, tmp_path))
