@@ -179,6 +179,27 @@ def _pid_of(pidfd: int) -> int:
     return pid
 
 
+class _Files:
+    """The descriptors of one Pagemap, closed when it ends. Whoever uses one holds this.
+
+    So none is closed under a running call, and its number given to another file.
+    """
+
+    def __init__(self) -> None:
+        self.process = self.pagemap = self.maps = -1
+
+    def close(self) -> None:
+        """Idempotent."""
+        fds, self.process, self.pagemap, self.maps = (self.process, self.pagemap, self.maps), -1, -1, -1
+        for fd in fds:
+            if fd >= 0:
+                with contextlib.suppress(OSError):  # somebody closed it
+                    os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Pagemap:
     """GET on any process whose memory may be read (PTRACE_MODE_READ; checked once, here).
 
@@ -196,20 +217,23 @@ class Pagemap:
     """
 
     def __init__(self, pid: int | Literal["self"] = "self") -> None:
-        self._process = self._fd = self._maps = -1
+        self._files: _Files | None = None
         if pid != "self" and (isinstance(pid, (str, float, bool)) or pid <= 0):
             raise InvalidArgumentError(f"{pid!r} is not a process id").with_hint('give a positive number, or "self"')
         self._own = pid in ("self", os.getpid())
         self.pid = pid
+        files = _Files()
         try:
-            self._fd = self._open("pagemap")
-            self._check_memory()
+            files.process = self._open("pagemap", None)
+            files.pagemap = self._open("pagemap", files.process)
+            self._check_memory(files.pagemap)
             self._ioctl = probe().supports(Feature.PAGEMAP_SCAN)
             if not self._ioctl:
-                self._maps = self.open_file("maps")
+                files.maps = self._open("maps", files.process)
         except BaseException:
-            self.close()
+            files.close()  # not when somebody lets go of the exception, and with it this frame
             raise
+        self._files = files
 
     @classmethod
     def from_pidfd(cls, pidfd: int) -> Self:
@@ -240,15 +264,26 @@ class Pagemap:
         Raises:
             AccessError, TargetGoneError, ClosedError: As for the object itself.
         """
-        self.fileno()
-        return self._open(name)
+        files = self._used()
+        try:
+            return self._open(name, files.process)
+        finally:
+            del files  # somebody may keep this frame, in an exception's traceback
 
-    def _open(self, name: str) -> int:
+    def _used(self) -> _Files:
+        """The open descriptors, to be held by whoever uses them."""
+        files = self._files
+        if files is None:
+            raise ClosedError(f"the pagemap of {self.pid} is closed").with_hint("open another one")
+        return files
+
+    def _open(self, name: str, process: int | None) -> int:
+        """Open a file in the directory of the process, or with None the directory in which it is to be."""
         path = f"/proc/{self.pid}/{name}"
         try:
-            if self._process < 0:
-                self._process = os.open(f"/proc/{self.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._process)
+            if process is None:
+                return os.open(f"/proc/{self.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=process)
         except OSError as error:
             number = error.errno or 0
             if number in (ENOENT, ESRCH):
@@ -264,10 +299,10 @@ class Pagemap:
                 raise AccessError.make(number, f"open {path}", os.strerror(number), hint=hint) from error
             raise KernelError.make(number, f"open {path}", os.strerror(number)) from error
 
-    def _check_memory(self) -> None:
+    def _check_memory(self, fd: int) -> None:
         # The pagemap of a zombie or kernel thread opens too. Its words are none; the ioctl on it is, on some kernels up
         # to 6.15, a NULL dereference in the kernel (65c66047259f). A descriptor keeps the memory it was opened on.
-        if not os.pread(self._fd, _WORD_SIZE, 0):
+        if not os.pread(fd, _WORD_SIZE, 0):
             raise TargetGoneError.make(
                 ESRCH,
                 f"read /proc/{self.pid}/pagemap",
@@ -277,17 +312,11 @@ class Pagemap:
 
     def fileno(self) -> int:
         """The descriptor of /proc/PID/pagemap."""
-        if self._fd < 0:
-            raise ClosedError(f"the pagemap of {self.pid} is closed").with_hint("open another one")
-        return self._fd
+        return self._used().pagemap
 
     def close(self) -> None:
-        """Close the descriptors. Idempotent."""
-        fds, self._process, self._fd, self._maps = (self._process, self._fd, self._maps), -1, -1, -1
-        for fd in fds:
-            if fd >= 0:
-                with contextlib.suppress(OSError):  # somebody closed it
-                    os.close(fd)
+        """Close the descriptors, once the calls that run in other threads have ended. Idempotent."""
+        self._files = None
 
     def __enter__(self) -> Self:
         """Return the object itself."""
@@ -297,10 +326,6 @@ class Pagemap:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close."""
-        self.close()
-
-    def __del__(self) -> None:
-        """Close what was forgotten."""
         self.close()
 
     def scan(self, memory: Memory, query: ScanQuery, *, max_pages: int | None = None) -> ScanResult:
@@ -326,9 +351,11 @@ class Pagemap:
         Source: fs/proc/task_mmu.c, do_pagemap_scan.
         """
         limit = check_max_pages(max_pages)
-        fd = self.fileno()
+        self.fileno()
         pinned = pin(memory, writable=False)
+        files = None
         try:
+            files = self._used()
             asked = pinned.range
             if query.never:
                 result = _kernel.new_result()
@@ -339,13 +366,14 @@ class Pagemap:
             masks = (query.inverted, query.all_of, query.any_of, query.report)
             known = [] if self._ioctl else registered()
             rc, result = _kernel.query(
-                fd, self._maps, asked.start, asked.end, masks, limit, known, drop_empty=query.drop_empty
+                files.pagemap, files.maps, asked.start, asked.end, masks, limit, known, drop_empty=query.drop_empty
             )
             if rc < 0:
-                self._fail(-rc, query, asked, _kernel.operation(result))
+                self._fail(-rc, files.pagemap, query, asked, _kernel.operation(result))
             return ScanResult(result, asked, asked.start, pinned.length)
         finally:
             pinned.release()
+            del files  # somebody may keep this frame, in an exception's traceback
 
     def _check_words(self, mentioned: PageCategory) -> None:
         if not self._own:
@@ -363,12 +391,12 @@ class Pagemap:
                 hint=f"ask for other categories, or run on a kernel with feature {Feature.PAGEMAP_SCAN.value}",
             )
 
-    def _fail(self, number: int, query: ScanQuery, asked: AddressRange, operation: str) -> NoReturn:
+    def _fail(self, number: int, fd: int, query: ScanQuery, asked: AddressRange, operation: str) -> NoReturn:
         if number == EOPNOTSUPP:
             self._refuse_any(query.mentioned & ~_kernel.TELLABLE, "from pagemap words")
         if number == EINVAL:
             for bit in (PageCategory(1 << i) for i in range(64) if query.mentioned >> i & 1):
-                if _kernel.pagemap_scan(self._fd, 0, 0, report=bit)[0] == -EINVAL:
+                if _kernel.pagemap_scan(fd, 0, 0, report=bit)[0] == -EINVAL:
                     raise UnsupportedError.make(
                         EINVAL, operation, f"this kernel has no category {bit!r}", range=asked, hint="leave it out"
                     )
@@ -377,7 +405,7 @@ class Pagemap:
                 ESRCH, operation, f"process {self.pid} has no memory any more", range=asked, hint="the process ended"
             )
         if number == EFAULT:
-            raise InvalidArgumentError(f"{asked} is not in the user's address space").with_hint("see /proc/PID/maps")
+            raise _beyond(asked)
         hint = _LOST_FILE_HINT if number in LOST_FILE else None
         raise KernelError.make(number, operation, os.strerror(number), range=asked, hint=hint)
 
@@ -388,6 +416,8 @@ class Pagemap:
 
         Raises:
             TargetGoneError: The process ended.
+
+            InvalidArgumentError: There is no such address space.
 
             KernelError: Somebody closed or replaced the descriptor.
         """
@@ -403,22 +433,32 @@ class Pagemap:
         at = (asked.start >> PAGE_SHIFT) * _WORD_SIZE
         end = (asked.end >> PAGE_SHIFT) * _WORD_SIZE
         while at < end:
-            fd = self.fileno()
-            try:
-                words = os.pread(fd, min(end - at, 1 << 16), at)
-            except OSError as error:
-                number = error.errno or 0
-                hint = _LOST_FILE_HINT if number in LOST_FILE else None
-                raise KernelError.make(
-                    number, f"read /proc/{self.pid}/pagemap", os.strerror(number), range=asked, hint=hint
-                ) from error
-            if not words:
-                raise TargetGoneError.make(
-                    ESRCH, f"read /proc/{self.pid}/pagemap", "no memory there", range=asked, hint="the process ended"
-                )
+            words = self._read_words(at, min(end - at, 1 << 16), asked)
             for (word,) in iter_unpack("=Q", words):
                 yield PagemapEntry.decode(word)
             at += len(words)
+
+    def _read_words(self, at: int, size: int, asked: AddressRange) -> bytes:
+        operation = f"read /proc/{self.pid}/pagemap"
+        files = self._used()
+        try:
+            words = os.pread(files.pagemap, size, at)
+            is_there = bool(words or os.pread(files.pagemap, _WORD_SIZE, 0))
+        except OSError as error:
+            number = error.errno or 0
+            hint = _LOST_FILE_HINT if number in LOST_FILE else None
+            raise KernelError.make(number, operation, os.strerror(number), range=asked, hint=hint) from error
+        finally:
+            del files
+        if not is_there:
+            raise TargetGoneError.make(ESRCH, operation, "no memory there", range=asked, hint="the process ended")
+        if not words:
+            raise _beyond(asked)
+        return words
+
+
+def _beyond(asked: AddressRange) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{asked} is not in the user's address space").with_hint("see /proc/PID/maps")
 
 
 def check_max_pages(max_pages: int | None) -> int:

@@ -143,8 +143,9 @@ static int must_stay_empty(struct copier *copier, uint64_t address)
 	return rc ? rc : !(word & (PM_WORD_PRESENT | PM_WORD_SWAPPED | PM_WORD_GUARD));
 }
 
-// A page that cannot be read, even by force: there is none, or it is empty, or -EIO.
-static int read_refused(struct copier *copier, uint32_t index)
+// Reads a page by force, or finds out why it cannot be read: there is none, or it is empty. -EAGAIN: it is there, and
+// nobody can read it, or it came after it was tried.
+static int read_by_force(struct copier *copier, uint32_t index)
 {
 	struct pmc_tracker *tracker = copier->tracker;
 	uint64_t word, address = copier->range->start + (copier->pages[index] << copier->page_shift);
@@ -170,9 +171,22 @@ static int read_refused(struct copier *copier, uint32_t index)
 	if (word & PM_WORD_SWAPPED && !(word & PM_WORD_PRESENT) && !shows_guards(tracker))
 		return 0;
 	if (vma.kind != PMC_KIND_ANON || word & (PM_WORD_PRESENT | PM_WORD_SWAPPED))
-		return refused(copier, address, -EIO);
+		return -EAGAIN;
 	copier->content[index] = PMC_ZERO;
 	return 0;
+}
+
+static int read_refused(struct copier *copier, uint32_t index)
+{
+	for (unsigned looks = 1;; looks++) {
+		int rc = read_by_force(copier, index);
+		if (rc != -EAGAIN)
+			return rc;
+		if (looks == PMC_LOOKS)
+			break;
+		pmc_look_again(&copier->tracker->vmas, looks);
+	}
+	return refused(copier, copier->range->start + (copier->pages[index] << copier->page_shift), -EIO);
 }
 
 // Protected by us with nobody there to resolve a fault of the kernel's, or by its mapping.
