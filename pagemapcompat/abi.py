@@ -208,7 +208,8 @@ class Guarantee(Flag):
         KERNEL_WRITES: read, recv, io_uring (unpinned) and process_vm_writev into tracked memory succeed and are
             reported.
 
-        DISCARDS: A page discarded, replaced or merged by the kernel and then written again is still reported.
+        DISCARDS: A page discarded, replaced or merged by the kernel and then written again is still reported. Private
+            mappings of files lack it: a discard, which gives them the file's content again, is not reported.
 
         NO_HELPER_THREAD: No thread of the library's own runs in this process.
     """

@@ -252,6 +252,9 @@ class Backend:
         guarantees = self.guarantees
         if kinds & _kernel.KIND_HUGETLB or not _kernel.range_exact(handle):
             guarantees &= ~Guarantee.EXACT
+        if kinds & _kernel.KIND_FILE:
+            # What is discarded in a private mapping of a file is as in the file, and keeps its mark (seen on 6.18.44).
+            guarantees &= ~Guarantee.DISCARDS
         return Attached(
             handle=handle,
             cursor=cursor,

@@ -10,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
-from errno import ESRCH
+from errno import EOPNOTSUPP, ESRCH
 from functools import cache, reduce
 from importlib import import_module
 from operator import or_
@@ -243,7 +243,8 @@ def _range(text: str | None) -> AddressRange:
         raise InvalidArgumentError(f"START-END: {text!r} is no range of addresses").with_hint(
             "give hexadecimal addresses as in /proc/PID/maps, 7f12a000-7f12b000"
         )
-    start, end = (int(address, 16) for address in found.groups())
+    # The kernel's half is in /proc/PID/maps ([vsyscall]), and has nothing to say.
+    start, end = (min(int(address, 16), USER_END) for address in found.groups())
     if start > end:
         raise InvalidArgumentError(f"START-END: {text} ends before it starts").with_hint("give the lower address first")
     if (start | end) % page_size():
@@ -251,8 +252,7 @@ def _range(text: str | None) -> AddressRange:
         raise InvalidArgumentError(f"START-END: {text} does not begin and end on page boundaries").with_hint(
             f"give {_addresses(inside, outside)}"
         )
-    # The kernel's half is in /proc/PID/maps ([vsyscall]), and has nothing to say.
-    return AddressRange(min(start, USER_END), min(end, USER_END))
+    return AddressRange(start, end)
 
 
 def _categories(option: str, texts: list[str]) -> PageCategory:
@@ -341,12 +341,22 @@ def _told(pagemap: Pagemap, mentioned: PageCategory) -> PageCategory:
     told = PageCategory(0)
     for category in PageCategory:
         try:
+            _check_is_set(category)
             pagemap.scan(AddressRange(0, page_size()), ScanQuery(report=category))
             told |= category
         except UnsupportedError:
             if category in mentioned:
                 raise
     return told
+
+
+def _check_is_set(category: PageCategory) -> None:
+    """The ioctl also accepts what this kernel never sets, as SOFT_DIRTY without CONFIG_MEM_SOFT_DIRTY."""
+    result = probe()[Feature(f"category-{str(category.name).lower().replace('_', '-')}")]
+    if probe().supports(Feature.PAGEMAP_SCAN) and result.state == "no":
+        raise UnsupportedError.make(
+            EOPNOTSUPP, "PAGEMAP_SCAN", f"this kernel never says {category.name}: {result.detail}", hint=result.hint
+        )
 
 
 def _scan(pagemap: Pagemap, mappings: list[Mapping], query: ScanQuery) -> Iterator[ScanResult]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Self, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from pagemapcompat import _kernel
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError
@@ -46,6 +46,10 @@ class Cursor:
     def __repr__(self) -> str:
         """For people."""
         return f"<{type(self).__name__} {self.range}, {self._backend.label}{', closed' if self._closed else ''}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Neither copied nor pickled: a copy's end would close it."""
+        raise TypeError(f"{self!r} cannot be copied; make another by TrackedRange.cursor()")
 
     def __len__(self) -> int:
         """In bytes, as the owner of the memory sees it."""

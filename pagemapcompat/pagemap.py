@@ -218,7 +218,7 @@ class Pagemap:
 
     def __init__(self, pid: int | Literal["self"] = "self") -> None:
         self._files: _Files | None = None
-        if pid != "self" and (isinstance(pid, (str, float, bool)) or pid <= 0):
+        if pid != "self" and (isinstance(pid, bool) or not isinstance(pid, int) or pid <= 0):
             raise InvalidArgumentError(f"{pid!r} is not a process id").with_hint('give a positive number, or "self"')
         self._own = pid in ("self", os.getpid())
         self.pid = pid
@@ -286,6 +286,8 @@ class Pagemap:
             return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=process)
         except OSError as error:
             number = error.errno or 0
+            if number == ESRCH and process is not None:
+                raise _no_memory(self.pid, f"open {path}") from error
             if number in (ENOENT, ESRCH):
                 raise TargetGoneError.make(
                     ESRCH, f"open {path}", f"there is no process {self.pid}", hint="it ended, or /proc is not mounted"
@@ -303,12 +305,7 @@ class Pagemap:
         # The pagemap of a zombie or kernel thread opens too. Its words are none; the ioctl on it is, on some kernels up
         # to 6.15, a NULL dereference in the kernel (65c66047259f). A descriptor keeps the memory it was opened on.
         if not os.pread(fd, _WORD_SIZE, 0):
-            raise TargetGoneError.make(
-                ESRCH,
-                f"read /proc/{self.pid}/pagemap",
-                f"process {self.pid} has no memory",
-                hint="it ended and its parent has yet to notice, or it is a kernel thread",
-            )
+            raise _no_memory(self.pid, f"read /proc/{self.pid}/pagemap")
 
     def fileno(self) -> int:
         """The descriptor of /proc/PID/pagemap."""
@@ -351,6 +348,10 @@ class Pagemap:
         Source: fs/proc/task_mmu.c, do_pagemap_scan.
         """
         limit = check_max_pages(max_pages)
+        if not isinstance(query, ScanQuery):
+            error = TypeError(f"{type(query).__name__} is no query")
+            error.add_note("hint: give a ScanQuery, as ScanQuery(report=PageCategory.PRESENT)")
+            raise error
         self.fileno()
         pinned = pin(memory, writable=False)
         files = None
@@ -455,6 +456,15 @@ class Pagemap:
         if not words:
             raise _beyond(asked)
         return words
+
+
+def _no_memory(pid: int | str, operation: str) -> TargetGoneError:
+    return TargetGoneError.make(
+        ESRCH,
+        operation,
+        f"process {pid} has no memory",
+        hint="it ended and its parent has yet to notice, or it is a kernel thread",
+    )
 
 
 def _beyond(asked: AddressRange) -> InvalidArgumentError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Literal, Self, SupportsIndex
+from typing import TYPE_CHECKING, Literal, NoReturn, Self, SupportsIndex
 
 from pagemapcompat.abi import Guarantee
 from pagemapcompat.cursors import Cursor
@@ -208,6 +208,10 @@ class DirtyTracker:
         if not hasattr(self, "selection"):
             return "<DirtyTracker, not opened>"
         return f"<DirtyTracker {self.selection.chosen}{', closed' if self._closed else ''}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Neither copied nor pickled: a copy's end would close it."""
+        raise TypeError(f"{self!r} cannot be copied; make another DirtyTracker")
 
     def track(self, memory: Memory) -> TrackedRange:
         """Start watching *memory*. Writes after this returns are reported; earlier ones may not be.

@@ -190,7 +190,7 @@ class WriteWatch:
             error.add_note("hint: give what DirtyTracker.track() returned")
             raise error
         whole = ram.range
-        self.base: int = whole.start if base is None else base
+        self.base: int = whole.start if base is None else operator.index(base)
         self.size: int = _up(len(ram), WRITE_WATCH_GRANULARITY)
         if self.base % WRITE_WATCH_GRANULARITY:
             error = AlignmentError(f"base={self.base:#x} is not a multiple of {WRITE_WATCH_GRANULARITY} bytes")
@@ -248,7 +248,7 @@ class WriteWatch:
         Cost: that of `Cursor.peek` or `collect`; where pages are larger than 4096 bytes, 0.5 us an address more.
         """
         asked = self._asked(base, size)
-        if count is not None and count < 1:
+        if count is not None and operator.index(count) < 1:
             raise InvalidArgumentError(f"count={count} asks for no address").with_hint(
                 "give at least 1, or None for all"
             )

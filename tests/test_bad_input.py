@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import errno
 import mmap
@@ -262,6 +263,7 @@ def test_wrong_types(bystander: Bystander) -> None:
         (lambda: bystander.tracker.track("memory"), "AddressRange"),  # type: ignore[arg-type]
         (lambda: WriteWatch(memory), "DirtyTracker.track()"),  # type: ignore[arg-type]
         (lambda: DirtyTracker(require="EXACT"), "Guarantee.EXACT"),  # type: ignore[arg-type]
+        (lambda: Pagemap().scan(memory, None), "ScanQuery"),  # type: ignore[arg-type]
     ]
     for call, wanted in calls:
         with pytest.raises(TypeError) as caught:
@@ -273,6 +275,20 @@ def test_wrong_types(bystander: Bystander) -> None:
         probe().require("pagemap-scan")  # type: ignore[arg-type]
     assert "Feature('pagemap-scan')" in missing.value.__notes__[0]
     assert pages_of(ram.collect()) == wrote
+    with pytest.raises(TypeError):
+        ram.collect(max_pages=8 / 2)  # type: ignore[arg-type]
+    assert pages_of(ram.collect()) == set(), "the answer before came once more"
+
+
+@BACKENDS
+def test_copies(bystander: Bystander) -> None:
+    """There are none, whose end would close the original."""
+    for original in (bystander.ram, bystander.ram.cursor(), bystander.tracker):
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="copied"):
+                make(original)
+    wrote = write(bystander.memory, 1)
+    assert pages_of(bystander.ram.collect()) == wrote
 
 
 @BACKENDS
@@ -596,7 +612,7 @@ def test_unknown_names_are_not_disabled_silently(
 
 
 @BACKENDS
-@pytest.mark.parametrize("pid", [0, -1, -(1 << 40), "", "1", "self/../1"])
+@pytest.mark.parametrize("pid", [0, -1, -(1 << 40), "", "1", "self/../1", None, True, 1.0])
 def test_what_is_no_pid(bystander: Bystander, pid: Any) -> None:
     """Only positive numbers and "self" are."""
     with bystander.refused(InvalidArgumentError, repr(pid)):

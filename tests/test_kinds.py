@@ -186,6 +186,8 @@ def test_file_mappings(flavour: Flavour, *, shared: bool) -> None:
                 assert "pagemap-scan" in str(caught.value.hint)
                 return
             with tracker.track(memory) as ram:
+                # Only what is discarded in a private one is not what it was, and nobody tells.
+                assert (Guarantee.DISCARDS in ram.guarantees) == shared
                 wrote = write(memory, 2, 3, 15)
                 assert pages_of(ram.peek()) == wrote
                 assert pages_of(ram.collect()) == wrote

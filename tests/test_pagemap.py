@@ -13,6 +13,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from children import in_child, plain
@@ -32,6 +33,7 @@ from pagemapcompat import (
     ScanResult,
     TargetGoneError,
     UnsupportedError,
+    _kernel,
     probe,
 )
 from pagemapcompat.abi import UffdFeature
@@ -437,3 +439,34 @@ def test_a_closed_pagemap(pagemap: Pagemap) -> None:
 def test_the_descriptor_is_the_kernels(pagemap: Pagemap) -> None:
     """A Pagemap is a file."""
     assert os.readlink(f"/proc/self/fd/{pagemap.fileno()}").endswith("/pagemap")
+
+
+def test_closing_under_a_running_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gets the number of its descriptor before the answer is there."""
+    memory = private(8)
+    memory[:] = b"x" * len(memory)
+    pagemap, query = Pagemap(), _kernel.query
+    number = pagemap.fileno()
+
+    def close_and_open(fd: int, *arguments: Any, **options: Any) -> Any:
+        pagemap.close()
+        others = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
+        try:
+            assert fd not in others
+            return query(fd, *arguments, **options)
+        finally:
+            for other in others:
+                os.close(other)
+
+    monkeypatch.setattr(_kernel, "query", close_and_open)
+    assert pagemap.scan(memory, ScanQuery(all_of=PageCategory.PRESENT)).pages == 8
+    with pytest.raises(ClosedError):
+        pagemap.fileno()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+
+
+def test_addresses_that_no_process_has() -> None:
+    """The process is still there."""
+    with Pagemap() as pagemap, pytest.raises(InvalidArgumentError, match="0x4000000000000000"):
+        list(pagemap.entries((1 << 62, PAGE)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import mmap
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from children import Crew, in_child, memory_of
+from children import Crew, in_child, memory_of, plain
 from conftest import (
     HUGE,
     PAGE,
@@ -23,6 +24,7 @@ from conftest import (
     Flavour,
     disable,
     flavours,
+    lacking,
     libc,
     need_shared,
     pages_of,
@@ -384,6 +386,26 @@ def test_other_readers_see_a_decommit(tracker: DirtyTracker, kind: str) -> None:
         assert call(watch) == []
 
 
+def test_a_decommit_that_fails_half_way(tracker: DirtyTracker) -> None:
+    """What it has taken back by then other readers and snapshots know, and nothing is forgotten."""
+    need_shared()
+    memory = mmap.mmap(-1, 8 * PAGE)
+    write(memory, *range(8))
+    ram = tracker.track(memory)
+    watch, other = WriteWatch(ram, base=GUEST), ram.cursor()
+    ram.snapshot()
+    at = ram.range.start
+    if plain.mlock(ctypes.c_void_p(at + 4 * PAGE), 4 * PAGE):
+        lacking("mlock", "no memory can be locked (ENOMEM)", "ulimit -l 64")
+    with pytest.raises(KernelError, match="madvise"):
+        watch.decommit(GUEST, 8 * PAGE)
+    assert plain.munlock(ctypes.c_void_p(at + 4 * PAGE), 4 * PAGE) == 0
+    libc.mprotect(at, 8 * PAGE, WRITE)
+    assert set(range(4)) <= pages_of(other.collect())
+    assert memory[0] == 0
+    assert ram.snapshot().read() == memory[:]
+
+
 def test_what_the_mappings_leave_out_is_taken_back(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Newer kernels list them without their lock, and may miss one beside mprotect: there, each in turn."""
     need_shared()
@@ -600,12 +622,15 @@ def test_a_reservation_far_larger_than_what_is_committed(
 
 @pytest.fixture(params=[4, 16])
 def large(
-    request: pytest.FixtureRequest, tracker: DirtyTracker, area: Callable[..., AddressRange]
+    request: pytest.FixtureRequest,
+    tracker: DirtyTracker,
+    area: Callable[..., AddressRange],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[memoryview, WriteWatch, int]:
     """Memory whose pages are so many base pages large: stores are, too, and the watch asks for no less at a time."""
     memory = area(PAGES)
     watch = WriteWatch(tracker.track(memory), base=GUEST)
-    watch._unit = request.param * PAGE
+    monkeypatch.setattr(WriteWatch, "_unit", request.param * PAGE)
     return view_of(memory), watch, request.param
 
 
@@ -691,6 +716,11 @@ def test_hugetlb(flavour: Flavour, pool: None, area: Callable[..., AddressRange]
         libc.fill(memory.start + 3 * HUGE)
         due = [*range(GUEST + HUGE, GUEST + 2 * HUGE, STEP), *range(GUEST + 3 * HUGE, GUEST + 4 * HUGE, STEP)]
         assert call(watch) == due
+        # From inside a huge page on: not fewer than asked for, as long as there are more.
+        within = [address for address in due if address >= GUEST + 2 * HUGE - STEP]
+        for count in (1, 2, 300, 512, 513, 600):
+            got = watch.get(GUEST + 2 * HUGE - STEP, 2 * HUGE + STEP, count=count)
+            assert list(got) == within[:count]
         assert call(watch, RESET, 1) == due[:1]
         assert call(watch, RESET, 600) == due[1:601]
         assert call(watch) == due[601:]
@@ -859,7 +889,7 @@ def test_answers_that_cannot_be_made_lose_nothing(
     """Time after time, also what earlier ones left behind."""
     memory = private(PAGES)
     watch = watched(tracker, memory)
-    watch._unit *= unit
+    monkeypatch.setattr(WriteWatch, "_unit", unit * PAGE)
     written = of(*write(memory, 1, 2, 30))
 
     class Interrupt(BaseException):
@@ -914,7 +944,7 @@ def test_an_interrupt_anywhere_loses_nothing(
     def check() -> None:
         with flavour.tracker() as tracker:
             watch = watched(tracker, memory)
-            watch._unit *= unit
+            WriteWatch._unit = unit * PAGE  # type: ignore[method-assign,assignment]
             for count in (2, 64):
                 lost, step, raised = [], 0, 1
                 while raised:
@@ -944,7 +974,7 @@ def test_an_answer_on_its_way_is_nobody_elses(flavour: Flavour, unit: int) -> No
     def check() -> None:
         with flavour.tracker() as tracker:
             watch = watched(tracker, memory)
-            watch._unit *= unit
+            WriteWatch._unit = unit * PAGE  # type: ignore[method-assign,assignment]
             others: list[list[int]] = []
 
             def other() -> None:

@@ -41,7 +41,7 @@
 // Kinds of memory; bits of pmc_range_kinds().
 #define PMC_KIND_ANON (1u << 0) // private anonymous
 #define PMC_KIND_SHARED (1u << 1) // shared, anonymous or tmpfs
-#define PMC_KIND_FILE (1u << 2) // private mapping of a file, or shared one of a regular file
+#define PMC_KIND_FILE (1u << 2) // private mapping of a file
 #define PMC_KIND_HUGETLB (1u << 3)
 
 // The categories that a pagemap word can tell. HUGE and PFNZERO are in none, and FILE is set on the huge zero page,
