@@ -45,8 +45,12 @@ def claim(wanted: AddressRange) -> Claim:
         AlreadyRegisteredError: Part of it is claimed already (EBUSY).
     """
     with _lock:
+        # Made before others are looked for: a finalizer that runs in between, and claims the same, finds it.
+        made = Claim(wanted, next(_numbers), os.getpid())
+        _claims[made.number] = made
         for held in _held():
-            if held.range.start < wanted.end and wanted.start < held.range.end:
+            if held is not made and held.range.start < wanted.end and wanted.start < held.range.end:
+                release(made)
                 raise AlreadyRegisteredError.make(
                     EBUSY,
                     "track",
@@ -54,8 +58,6 @@ def claim(wanted: AddressRange) -> Claim:
                     range=held.range,
                     hint="a page has one tracker; close the other TrackedRange, or use it",
                 )
-        made = Claim(wanted, next(_numbers), os.getpid())
-        _claims[made.number] = made
         return made
 
 

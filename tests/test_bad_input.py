@@ -52,6 +52,7 @@ from pagemapcompat import (
     UnsupportedError,
     _kernel,
     probe,
+    registrations,
 )
 from pagemapcompat.registrations import registered
 from pagemapcompat.writewatch import WriteWatch
@@ -464,6 +465,23 @@ def foreign_userfaultfd() -> int:
         last = -fd
     lacking("uffd-syscall", errno.errorcode[last], "sysctl vm.unprivileged_userfaultfd=1")
     raise AssertionError
+
+
+def test_tracked_while_it_is_looked_up(bystander: Bystander, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a finalizer, which may run in the midst of that: one of the two has it."""
+    memory, look = private(4), registrations._held
+
+    def look_and_track() -> list[registrations.Claim]:
+        found = look()
+        monkeypatch.undo()
+        with pytest.raises(AlreadyRegisteredError):
+            bystander.tracker.track(memory)
+        return found
+
+    monkeypatch.setattr(registrations, "_held", look_and_track)
+    ram = bystander.tracker.track(memory)
+    wrote = write(memory, 2)
+    assert pages_of(ram.collect()) == wrote
 
 
 def test_registered_by_somebody_else(
