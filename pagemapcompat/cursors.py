@@ -81,6 +81,9 @@ class Cursor:
 
             FaultThreadError: The fault thread of `uffd-wp` has ended.
 
+            NotTrackableError: On `uffd-wp`, tracked memory lies where this thread's stack is or may come to, within
+                128 KiB below its frame (EDEADLK): a fault there could not be resolved.
+
         Cost: on `pagemap-scan` 0.3 us and 0.7 to 3 ns a page, on `uffd-wp` 7 to 15 ns a page.
         """
         asked = self.range if stop is None and start is _START else self._asked(start, stop)
@@ -107,7 +110,7 @@ class Cursor:
             NotTrackedError: Part of it has lost its registration (ENOENT), unless the tracker rearms. `range` is the
                 first such stretch, `collected` what was taken before it; nothing behind it was touched.
 
-            AlignmentError, ClosedError, FaultThreadError: As for `peek`.
+            AlignmentError, ClosedError, FaultThreadError, NotTrackableError: As for `peek`.
 
         Cost: on `pagemap-scan` 0.3 us and 0.7 to 10 ns a page, on `uffd-wp` 7 to 15 ns a page and 1 us a run.
 
@@ -125,7 +128,7 @@ class Cursor:
             NotTrackedError: Part of it has lost its registration (ENOENT), unless the tracker rearms; everything before
                 `range` was reset.
 
-            AlignmentError, ClosedError, FaultThreadError: As for `peek`.
+            AlignmentError, ClosedError, FaultThreadError, NotTrackableError: As for `peek`.
         """
         asked = self.range if stop is None and start is _START else self._asked(start, stop)
         self._backend.engage_wp(self._attached, asked)
