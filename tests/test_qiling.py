@@ -17,7 +17,7 @@ import pytest
 from children import in_child
 from conftest import PAGE, Flavour, lacking, private
 
-from pagemapcompat import ClosedError, DirtyTracker, InvalidArgumentError, MissingPackageError
+from pagemapcompat import ClosedError, DirtyTracker, InvalidArgumentError, MissingPackageError, TrackedRange
 from pagemapcompat.qiling import SavedMemory, TrackedMemory, WriteWatchApi
 from pagemapcompat.writewatch import WriteWatch
 
@@ -534,12 +534,13 @@ def test_other_states_know_of_a_decommit(make: Make, tracker: DirtyTracker) -> N
         assert guest.ql.mem.read(base + 2 * PAGE, 7) == there
 
 
-def test_a_part_of_a_larger_page_is_decommitted(make: Make, tracker: DirtyTracker) -> None:
+def test_a_part_of_a_larger_page_is_decommitted(
+    make: Make, tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In 4096 bytes of it; the rest keeps its content and what was written."""
     guest = Windows(make, tracker)
     base = guest.call("VirtualAlloc", 0, 16 * PAGE, MEM_WRITE_WATCH | MEM_RESERVE | MEM_COMMIT, 4)
-    ram = guest.memory.guest.ranges[base]
-    ram.granularity = guest.memory.watches[ram]._unit = 4 * PAGE
+    monkeypatch.setattr(TrackedRange, "granularity", 4 * PAGE)
     for number in range(8):
         guest.ql.mem.write(base + number * PAGE, b"x")
     assert guest.call("VirtualFree", base + 5 * PAGE, PAGE, MEM_DECOMMIT) == 1

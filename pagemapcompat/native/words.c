@@ -4,9 +4,9 @@
 // stores before the protection are covered by it, stores after it fault. A page read as unchanged is left alone, so
 // whatever happens to it next is seen next time. Protecting a whole range after reading it would be cheaper, and lose
 // writes: a lock would hold off the fault thread, but none holds off a MADV_DONTNEED, or a mremap(2) with
-// MREMAP_DONTUNMAP, after which a page is empty, can be written without a fault, and would then be protected with nobody
-// told. Shared pages keep their mark through the first (mm/memory.c: zap_install_uffd_wp_if_needed, since 5.19), not
-// through the second (seen on 6.18.44).
+// MREMAP_DONTUNMAP, after which a page is empty, can be written without a fault, and would then be protected with
+// nobody told. Shared pages keep their mark through the first (mm/memory.c: zap_install_uffd_wp_if_needed, since 5.19),
+// not through the second (seen on 6.18.44).
 //
 // What a word tells:
 //   mark (bit 57)      unchanged since it was protected
