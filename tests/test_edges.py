@@ -22,6 +22,7 @@ from conftest import (
     flavours,
     lacking,
     libc,
+    need,
     need_shared,
     pages_of,
     private,
@@ -419,3 +420,51 @@ def test_huge_pages_that_come_to_a_range_of_small_ones(
                 ram._backend.scan(ram._attached, old, 0, flags)
         assert pages_of(ram.collect(HUGE, 2 * HUGE)) == set(range(HUGE_PAGES, 2 * HUGE_PAGES))
         assert pages_of(reader.collect()) == set(range(HUGE_PAGES, 2 * HUGE_PAGES))
+
+
+COMES_LATE = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+char *barred;
+
+ssize_t pread(int fd, void *buffer, size_t size, off_t offset)
+{
+	ssize_t got = syscall(SYS_pread64, fd, buffer, size, offset);
+	if (barred && got < 0) {
+		char *page = barred;
+		int error = errno;
+		barred = NULL;
+		if (!madvise(page, sysconf(_SC_PAGESIZE), 103)) /* MADV_GUARD_REMOVE */
+			*page = 7;
+		errno = error;
+	}
+	return got;
+}
+"""
+"""As soon as the guard page *barred* could not be read it is one no more, and written."""
+
+
+@pytest.mark.anywhere
+def test_a_page_that_comes_when_it_could_not_be_read(flavour: Flavour, tmp_path: Path) -> None:
+    """It is there, so a snapshot reads it, or a later one: none fails over it."""
+    need(Feature.MADV_GUARD)
+    program = f"""
+        import ctypes, mmap
+        from conftest import PAGE, libc, private
+        from pagemapcompat import AddressRange, DirtyTracker
+        memory = private(4)
+        memory[:] = b"x" * len(memory)
+        with DirtyTracker({flavour.backend!r}) as tracker, tracker.track(memory) as ram:
+            libc.madvise(ram.range.start + PAGE, PAGE, 102)  # MADV_GUARD_INSTALL
+            page = ctypes.c_void_p.in_dll(ctypes.CDLL(None), "barred")
+            page.value = ram.range.start + PAGE
+            taken = ram.snapshot()
+            assert not page.value, "it was never tried"
+            assert taken.read(PAGE, PAGE + 1) == bytes([7]), taken.missing()
+            assert ram.snapshot().read() == memory[:]
+        """
+    run_child(program, env=preloaded(COMES_LATE, tmp_path))

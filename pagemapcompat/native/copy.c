@@ -155,6 +155,7 @@ static int read_by_force(struct copier *copier, uint32_t index)
 		copier->content[index] = PMC_ZERO;
 		return rc < 0 ? rc : 0;
 	}
+	copier->content[index] = PMC_HELD; // whatever it was when it was tried before
 	rc = force(copier, address, buffer_at(copier, index));
 	if (rc)
 		return rc < 0 ? rc : 0;
