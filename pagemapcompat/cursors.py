@@ -140,7 +140,7 @@ class Cursor:
             first = operator.index(start)
             last = length if stop is None else operator.index(stop)
         except TypeError as error:
-            error.add_note(f"hint: start={start!r} and stop={stop!r} are whole numbers of bytes")
+            error.add_note(f"hint: start={start!r}, stop={stop!r}: give whole numbers of bytes, or None for the end")
             raise
         for name, value in (("start", first), ("stop", last)):
             if not 0 <= value <= length and value != whole.length:

@@ -478,7 +478,7 @@ def check_max_pages(max_pages: int | None) -> int:
     try:
         count = operator.index(max_pages)
     except TypeError as error:
-        error.add_note(f"hint: max_pages={max_pages!r} is a whole number of pages, or None for all")
+        error.add_note(f"hint: max_pages={max_pages!r}: give a whole number of pages, or None for all")
         raise
     if count < 1:
         raise InvalidArgumentError(f"max_pages={count} asks for no page").with_hint("give at least 1, or None for all")
