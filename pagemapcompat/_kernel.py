@@ -103,7 +103,6 @@ TELLABLE: int = lib.PMC_TELLABLE
 """The categories that pagemap words can tell."""
 
 ENGAGE: int = lib.PMC_ENGAGE
-REARM: int = lib.PMC_REARM
 
 KEEP: int = lib.PMC_KEEP
 """Regions, at most, of an answer whose memory is kept to be used again."""
@@ -161,6 +160,7 @@ class Pin:
 class Result(Protocol):
     """A `struct pmc_result`: what C fills, and the owner of its regions."""
 
+    cursor: Any
     regions: Any
     count: int
     pages: int
@@ -173,6 +173,13 @@ class Result(Protocol):
 def new_result() -> Result:
     """An empty one."""
     result: Result = _gc(_new_result(_RESULT), _release_result)
+    return result
+
+
+def new_answer(cursor: CursorHandle) -> Result:
+    """An empty one, for the calls that are about all of a cursor's range. The handle must outlive those calls."""
+    result = new_result()
+    result.cursor = cursor.out
     return result
 
 
@@ -381,11 +388,13 @@ def tracker_statistics(tracker: TrackerHandle) -> tuple[int, dict[str, int]]:
     return rc, {name: int(getattr(out, name)) for name in names}
 
 
-def range_create(tracker: TrackerHandle, start: int, end: int) -> tuple[int, RangeHandle | None, Result]:
-    """Register and protect."""
+def range_create(
+    tracker: TrackerHandle, start: int, end: int, *, rearm: bool = False
+) -> tuple[int, RangeHandle | None, Result]:
+    """Register and protect. *rearm*: collects and resets do so with what has lost its registration."""
     result = new_result()
     handle = RangeHandle("struct pmc_range **")
-    rc = int(lib.pmc_range_create(handle.out, tracker.c, start, end, result))
+    rc = int(lib.pmc_range_create(handle.out, tracker.c, start, end, lib.PMC_REARM if rearm else 0, result))
     handle.c = handle.out[0]
     return rc, None if rc else handle, result
 
@@ -428,12 +437,16 @@ scan: Callable[[Any, int, int, int, int, Result], int] = lib.pmc_scan
 
 Returns the number of regions.
 
-These three are the C functions themselves: where memory is small, a call in between takes as long as the scan.
+These are the C functions themselves: where memory is small, a call in between takes as long as the scan.
 """
-scan_all: Callable[[Any, int, Result], int] = lib.pmc_scan_all
-"""Likewise all of the range, without a limit: of a cursor and flags. Each argument less saves 20 ns."""
-reset: Callable[[Any, int, int, int, Result], int] = lib.pmc_reset
-"""Protect, whatever was written: of a cursor, start, end and flags. Says in *result* what failed."""
+reset: Callable[[Any, int, int, Result], int] = lib.pmc_reset
+"""Protect, whatever was written: of a cursor, start and end. Says in *result* what failed."""
+peek_all: Callable[[Result], int] = lib.pmc_peek_all
+"""Peek at all of the range, without a limit: for the cursor whose `new_answer` it is."""
+collect_all: Callable[[Result], int] = lib.pmc_collect_all
+"""Likewise collect."""
+reset_all: Callable[[Result], int] = lib.pmc_reset_all
+"""Likewise reset."""
 owe: Callable[[Any, Result], int] = lib.pmc_owe
 """Give back what was taken for a cursor, into a result that reached nobody.
 

@@ -75,7 +75,11 @@ class BackendStatistics:
     owed_pages: int
 
 
-@attrs.frozen(kw_only=True)
+_TAKEN: Final = ScanResult(_kernel.new_result(), AddressRange(0, 0), 0, 0)
+"""Stands for an answer that somebody has."""
+
+
+@attrs.define(kw_only=True, eq=False)
 class Attached:
     """A range that a backend watches, as seen by one of its cursors."""
 
@@ -88,24 +92,17 @@ class Attached:
     length: int
     """In bytes, as the owner of the memory sees it."""
     guarantees: Guarantee
-    rearm: int
-    """`_kernel.REARM`: what has lost its registration gets it back; or 0: it is an error."""
-    engage: int = attrs.field(init=False)
-    """What makes a scan a collect: `_kernel.ENGAGE`, and that."""
-    spare: list[ScanResult] = attrs.field(factory=list, init=False, eq=False, repr=False)
-    """Earlier answers, to be used again once their owners let them go."""
-    scratch: list[_kernel.Result] = attrs.field(factory=list, init=False, eq=False, repr=False)
+    spare: ScanResult = attrs.field(default=_TAKEN, init=False, repr=False)
+    """The answer before the last one, to be used again if its owner has let it go."""
+    last: ScanResult = attrs.field(default=_TAKEN, init=False, repr=False)
+    """The last answer, which who asks again and again still has meanwhile."""
+    scratch: list[_kernel.Result] = attrs.field(factory=list, init=False, repr=False)
     """For what is no answer, and leaves nobody with it."""
 
-    @engage.default
-    def _default_engage(self) -> int:
-        return _kernel.ENGAGE | self.rearm
-
-    def new_answer(self, kept: ScanResult | None = None) -> ScanResult:
+    def new_answer(self) -> ScanResult:
         """One to be filled, in the place of one that somebody has."""
-        if kept is not None and not self.spare:  # who asks again and again has the last one still, and then no more
-            self.spare.append(kept)
-        return ScanResult(_kernel.new_result(), self.range, self.start, self.length)
+        self.last = answer = ScanResult(_kernel.new_answer(self.cursor), self.range, self.start, self.length)
+        return answer
 
 
 _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
@@ -123,9 +120,10 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
 )
 
 
+_ENGAGE: Final = _kernel.ENGAGE
 _KEEP: Final = _kernel.KEEP
 _ALONE = 0
-"""What getrefcount() says in `Backend.scan` of an answer that nobody else has; 0: nobody knows."""
+"""What getrefcount() says in `Backend.scan` of the last answer if nobody else has it; 0: nobody knows."""
 
 
 class Backend:
@@ -240,7 +238,7 @@ class Backend:
 
             NotTrackableError: The kernel refuses this mapping, nothing is mapped, or it is the caller's stack.
         """
-        rc, handle, result = _kernel.range_create(self._handle, memory.start, memory.end)
+        rc, handle, result = _kernel.range_create(self._handle, memory.start, memory.end, rearm=rearm)
         if handle is None:
             self._refuse(-rc, memory, _kernel.operation(result))
         kinds = _kernel.range_kinds(handle)
@@ -262,7 +260,6 @@ class Backend:
             start=memory.start,
             length=length,
             guarantees=guarantees,
-            rearm=_kernel.REARM if rearm else 0,
         )
 
     def _cursor(self, handle: _kernel.RangeHandle) -> _kernel.CursorHandle:
@@ -315,29 +312,26 @@ class Backend:
     # -- The operations ---------------------------------------------------------------------------------------
 
     def scan(self, on: Attached, asked: AddressRange, max_pages: int, flags: int) -> ScanResult:
-        """GET: what was written. With `on.engage` as *flags* ENGAGE_WP + GET: protected again in the same step.
+        """GET: what was written. With `_kernel.ENGAGE` as *flags* ENGAGE_WP + GET: protected again in the same step.
 
         What that took is in the ScanResult, in the exception's `collected`, or owed to the next call; an interrupt
         changes which, not that.
         """
         # One function, and as much of it as possible before the scan: where that protected a page the kernel has
         # flushed this CPU's TLB, and each page that is touched from then on, of code too, takes long the first time.
-        spare = on.spare
-        try:
-            answer = spare.pop(0)
-        except IndexError:
-            answer = on.new_answer()
+        answer = on.spare
+        on.spare = on.last
+        on.last = answer
+        # Whoever else comes to have it now makes one reference more, and finds that it is taken.
         if getrefcount(answer) != _ALONE or (answer._words is not None and answer._is_viewed()):  # noqa: SLF001 - its friend
-            answer = on.new_answer(answer)
+            answer = on.new_answer()
         answer.range = asked
-        spare.append(answer)
         result = answer._result  # noqa: SLF001 - its friend
         try:
-            rc = (
-                _kernel.scan_all(on.cursor.c, flags, result)
-                if asked is on.range and not max_pages
-                else _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, flags, result)
-            )
+            if asked is on.range and not max_pages:
+                rc = _kernel.collect_all(result) if flags else _kernel.peek_all(result)
+            else:
+                rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, flags, result)
             if rc < 0:
                 self._fail(-rc, _kernel.operation(result), asked, result if flags else None)
         except PagemapCompatError as error:
@@ -345,30 +339,30 @@ class Backend:
                 error.collected = answer
             elif flags:  # that of a signal handler, which collected too
                 _kernel.owe(on.cursor.c, result)
-            del spare[:]
+            on.last = _TAKEN
             raise
         except BaseException:
             if flags:
                 _kernel.owe(on.cursor.c, result)
-            del spare[:]
+            on.last = _TAKEN
             raise
         # CPython looks for signals when a function begins, when one in C has returned, and in loops. None of these is
         # between here and the caller, nor between an interrupt and the owe() above: pages are always delivered or given
         # back, even where somebody keeps the interrupt, its traceback and this frame.
         if rc > _KEEP:
-            del spare[:]
+            on.last = _TAKEN
         return answer
 
     def take(self, on: Attached, pages: _kernel.Result) -> None:
         """ENGAGE_WP + GET of all of it, into *pages*, which the caller delivers or gives back, on errors too."""
-        rc = _kernel.scan_all(on.cursor.c, on.engage, pages)
+        rc = _kernel.scan(on.cursor.c, on.start, on.range.end, 0, _ENGAGE, pages)
         if rc < 0 or pages.walk_end < on.range.end:
             self._fail(-rc if rc < 0 else ENOMEM, _kernel.operation(pages), on.range, pages)
 
     def written(self, on: Attached) -> _kernel.Result:
         """GET of all of it."""
         result = _kernel.new_result()
-        rc = _kernel.scan_all(on.cursor.c, 0, result)
+        rc = _kernel.scan(on.cursor.c, on.start, on.range.end, 0, 0, result)
         if rc < 0 or result.walk_end < on.range.end:
             self._fail(-rc if rc < 0 else ENOMEM, _kernel.operation(result), on.range)
         return result
@@ -409,8 +403,11 @@ class Backend:
         try:
             result = on.scratch.pop()
         except IndexError:
-            result = _kernel.new_result()
-        rc = _kernel.reset(on.cursor.c, asked.start, asked.end, on.rearm, result)
+            result = _kernel.new_answer(on.cursor)
+        if asked is on.range:
+            rc = _kernel.reset_all(result)
+        else:
+            rc = _kernel.reset(on.cursor.c, asked.start, asked.end, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
         on.scratch.append(result)
@@ -514,7 +511,7 @@ _LOST_FILE_HINT = (
 def _calibrate() -> None:
     """Find out what `_ALONE` is by calling `scan` itself: it depends on how this Python compiles that function.
 
-    If neither 1 nor 2 fits, as under a debugger that holds references, it stays 0, and no answer is used again.
+    If neither 2 nor 3 fits, as under a debugger that holds references, it stays 0, and no answer is used again.
     """
     global _ALONE  # noqa: PLW0603 - so that to ask costs no more than to look up a name
     nobody, nowhere, old, new = Backend.__new__(Backend), AddressRange(0, 0), 1, 2
@@ -525,15 +522,16 @@ def _calibrate() -> None:
         start=new,
         length=0,
         guarantees=Guarantee(0),
-        rearm=0,
     )
-    held = ScanResult(_kernel.new_result(), nowhere, old, 0)
-    for _ALONE in (1, 2):
+    held = []
+    for _ALONE in (2, 3):
         found = []
-        for kept in (held, None):
-            closed.spare.append(ScanResult(_kernel.new_result(), nowhere, old, 0) if kept is None else kept)
+        for is_held in (True, False):
+            closed.spare = ScanResult(_kernel.new_answer(closed.cursor), nowhere, old, 0)
+            if is_held:
+                held.append(closed.spare)
             try:
-                nobody.scan(closed, nowhere, 0, closed.engage)
+                nobody.scan(closed, nowhere, 0, _ENGAGE)
             except ClosedError as error:
                 found.append(error.collected._base if error.collected is not None else 0)  # noqa: SLF001 - made here
         if found == [new, old]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pagemapcompat.backends import Attached, Backend
     from pagemapcompat.results import ScanResult
 
+_ENGAGE = _kernel.ENGAGE
 _START = 0
 """There is one 0, so that whoever asks for everything is known by identity, and a 0.0 is not taken for it."""
 
@@ -118,8 +119,7 @@ class Cursor:
         """
         asked = self.range if stop is None and start is _START else self._asked(start, stop)
         limit = 0 if max_pages is None else check_max_pages(max_pages)
-        on = self._attached
-        return self._backend.scan(on, asked, limit, on.engage)
+        return self._backend.scan(self._attached, asked, limit, _ENGAGE)
 
     def reset(self, start: SupportsIndex = 0, stop: SupportsIndex | None = None) -> None:
         """Start watching anew, whatever was written until now. What is owed is forgotten too.

@@ -6,6 +6,7 @@ import mmap
 import random
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 from children import Crew, Mirror, in_child, memory_of, resources
@@ -282,11 +283,11 @@ def test_a_large_answer_is_not_kept(tracker: DirtyTracker, name: str) -> None:
     write(memory, *range(0, len(memory) // PAGE, 2))
     answer = getattr(ram, name)()
     assert len(answer) == _kernel.KEEP + 1
-    assert not ram._attached.spare
+    assert ram._attached.last is not answer
     ram.reset()
     write(memory, 3)
     answer = getattr(ram, name)()
-    assert ram._attached.spare == [answer]
+    assert ram._attached.last is answer
 
 
 def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> None:
@@ -354,13 +355,12 @@ def test_what_an_interrupt_took_goes_back_to_its_reader_alone(
     class Interrupt(BaseException):
         """Stands for KeyboardInterrupt."""
 
-    def interrupted(cursor: object, flags: int, result: _kernel.Result) -> int:
-        assert scan_all(cursor, flags, result) == 1
+    def interrupted(result: _kernel.Result, collect_all: Callable[..., int] = _kernel.collect_all) -> int:
+        assert collect_all(result) == 1
         raise Interrupt
 
-    scan_all = _kernel.scan_all
     with monkeypatch.context() as patch:
-        patch.setattr(_kernel, "scan_all", interrupted)
+        patch.setattr(_kernel, "collect_all", interrupted)
         with pytest.raises(Interrupt):
             cursor.collect()
     assert pages_of(ram.collect()) == written

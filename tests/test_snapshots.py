@@ -595,14 +595,14 @@ def test_an_interrupt_that_is_kept(tracker: DirtyTracker, monkeypatch: pytest.Mo
     first = ram.snapshot()
     kept = []
 
-    def interrupted(*arguments: Any, scan: Callable[..., int] = _kernel.scan_all) -> int:
+    def interrupted(*arguments: Any, scan: Callable[..., int] = _kernel.scan) -> int:
         scan(*arguments)
         raise Interrupt
 
     for action in (ram.snapshot, lambda: ram.restore(first)):
         write(memory, 3, 30)
         with monkeypatch.context() as patch:
-            patch.setattr(_kernel, "scan_all", interrupted)
+            patch.setattr(_kernel, "scan", interrupted)
             with pytest.raises(Interrupt) as caught:
                 action()
         kept.append(caught.value)

@@ -166,6 +166,7 @@ struct pmc_range {
 	uint64_t end;
 	bool open;
 	bool exact;
+	bool rearm; // PMC_REARM
 	uint32_t piece_count;
 	uint32_t piece_capacity;
 	struct piece *pieces;

@@ -125,7 +125,7 @@ static int leave_untracked(struct pmc_range *range, uint64_t pos, uint64_t end, 
 }
 
 // The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
-static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uint32_t flags, struct refusals *refusals,
+static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, bool rearm, struct refusals *refusals,
 			struct pmc_result *result)
 {
 	struct pmc_tracker *tracker = range->tracker;
@@ -133,11 +133,10 @@ static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, uin
 	if (refusals->at != pos)
 		*refusals = (struct refusals){ .at = pos };
 	uint64_t *from = &result->untracked_start, *to = &result->untracked_end;
-	int rc = flags & PMC_REARM ? rearm_next(range, pos, end, result) :
-				     pmc_next_untracked(range, pos, end, from, to);
+	int rc = rearm ? rearm_next(range, pos, end, result) : pmc_next_untracked(range, pos, end, from, to);
 	if (rc < 0)
 		return rc;
-	if (rc && !(flags & PMC_REARM))
+	if (rc && !rearm)
 		return not_registered(tracker);
 	if (rc) {
 		refusals->looks = 0;
@@ -325,12 +324,11 @@ static int next_written(struct pmc_cursor *cursor, uint64_t start, uint64_t end,
 	return rc < 0 ? rc : 0;
 }
 
-static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
+static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, bool engage,
 		       struct pmc_result *result)
 {
 	struct pmc_range *range = cursor->range;
 	struct pmc_tracker *tracker = range->tracker;
-	bool engage = flags & PMC_ENGAGE;
 	uint32_t shift = tracker->page_shift;
 	uint64_t pos = start;
 	struct refusals refusals = { 0 };
@@ -372,7 +370,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 		}
 		pos = walk_end;
 		if (rc == -ENOENT && engage)
-			rc = untracked_at(range, pos, end, flags, &refusals, result);
+			rc = untracked_at(range, pos, end, range->rearm, &refusals, result);
 		if (rc < 0)
 			break;
 		rc = 0;
@@ -401,7 +399,7 @@ int pmc_owe(struct pmc_cursor *cursor, const struct pmc_result *result)
 // Memory stays of which little was touched.
 static void result_empty(struct pmc_result *result)
 {
-	struct pmc_result empty = { 0 };
+	struct pmc_result empty = { .cursor = result->cursor };
 	if (result->count <= PMC_KEEP && result->capacity <= PMC_VECTOR) {
 		empty.regions = result->regions;
 		empty.capacity = result->capacity;
@@ -429,7 +427,7 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 		return rc;
 	struct pmc_tracker *tracker = cursor->range->tracker;
 	max_pages = min_u64(max_pages, (end - start) >> tracker->page_shift);
-	rc = scan_locked(cursor, start, end, max_pages, flags, result);
+	rc = scan_locked(cursor, start, end, max_pages, flags & PMC_ENGAGE, result);
 	// A fault thread that died meanwhile has let writes through that this scan could not see.
 	if (!rc && atomic_load(&tracker->fault_errno))
 		rc = -PMC_EFAULTTHREAD;
@@ -441,9 +439,20 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 	return rc ? rc : (int)min_u64(result->count, INT32_MAX);
 }
 
-int pmc_scan_all(struct pmc_cursor *cursor, uint32_t flags, struct pmc_result *result)
+static int scan_all(uint32_t flags, struct pmc_result *result)
 {
+	struct pmc_cursor *cursor = *result->cursor;
 	return pmc_scan(cursor, cursor ? cursor->range->start : 0, cursor ? cursor->range->end : 0, 0, flags, result);
+}
+
+int pmc_peek_all(struct pmc_result *result)
+{
+	return scan_all(0, result);
+}
+
+int pmc_collect_all(struct pmc_result *result)
+{
+	return scan_all(PMC_ENGAGE, result);
 }
 
 // Takes nothing from the other cursors: where there are any, pages are protected as a collect does, and owed to them.
@@ -460,7 +469,7 @@ static int reset_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end,
 	return rc;
 }
 
-int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result)
+int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, struct pmc_result *result)
 {
 	result_empty(result);
 	int rc = enter_cursor(cursor);
@@ -472,7 +481,7 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 		rc = reset_locked(cursor, pos, end, &pos);
 		if (rc != -ENOENT)
 			break;
-		rc = untracked_at(cursor->range, pos, end, flags, &refusals, result);
+		rc = untracked_at(cursor->range, pos, end, cursor->range->rearm, &refusals, result);
 		if (rc < 0)
 			break;
 		pos = max_u64(pos, refusals.left_until);
@@ -482,6 +491,12 @@ int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t 
 	cursor->range->tracker->resets++;
 	pmc_find_writer(cursor->range->tracker);
 	return pmc_leave(cursor->range->tracker, rc, result);
+}
+
+int pmc_reset_all(struct pmc_result *result)
+{
+	struct pmc_cursor *cursor = *result->cursor;
+	return pmc_reset(cursor, cursor ? cursor->range->start : 0, cursor ? cursor->range->end : 0, result);
 }
 
 int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result)
@@ -503,7 +518,7 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to);
 		pos = rc == -ENOENT ? untracked : to;
 		if (rc == -ENOENT && !owed) {
-			rc = untracked_at(range, pos, end, 0, &refusals, result);
+			rc = untracked_at(range, pos, end, false, &refusals, result);
 			if (rc == -ENOENT)
 				tracker->operation = "UFFDIO_WRITEPROTECT";
 		}

@@ -48,9 +48,9 @@
 // where the ioctl says nothing of the kind (seen on 6.18).
 #define PMC_TELLABLE (~(PAGE_IS_HUGE | PAGE_IS_PFNZERO) & (PAGE_IS_GUARD * 2 - 1))
 
-// Flags of pmc_scan() and pmc_reset().
-#define PMC_ENGAGE (1u << 0) // write-protect what is returned
-#define PMC_REARM (1u << 1) // register what has lost its registration instead of failing
+#define PMC_ENGAGE 1 // flag of pmc_scan(): write-protect what is returned
+#define PMC_REARM 1 // flag of pmc_range_create(): collects and resets register what has lost its registration
+
 
 #define PMC_KEEP 512 // regions, at most, of an answer whose memory is kept to be used again: 12 KiB
 
@@ -66,6 +66,7 @@ struct pmc_config {
 
 // An answer. Zero it before first use; regions ascend, are disjoint, and adjacent equal ones are merged.
 struct pmc_result {
+	struct pmc_cursor *const *cursor; // whom pmc_*_all() ask; the caller's, and used by nothing else
 	struct page_region *regions; // malloc'ed; pmc_result_release() frees them
 	uint64_t count;
 	uint64_t capacity;
@@ -141,7 +142,7 @@ int pmc_tracker_fault_errno(struct pmc_tracker *tracker);
 int pmc_tracker_statistics(struct pmc_tracker *tracker, struct pmc_statistics *ret);
 
 // Registers and protects [start, end), page aligned. Holes are skipped. Nothing is left behind on failure.
-int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64_t start, uint64_t end,
+int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint32_t flags,
 		     struct pmc_result *result);
 // Unregisters. Idempotent.
 int pmc_range_close(struct pmc_range *range);
@@ -166,10 +167,13 @@ void pmc_cursor_destroy(struct pmc_cursor *cursor);
 // ran out (then walk_end < end). On an error what was taken is in *result*, and walk_end says up to where.
 int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result);
-// The whole range, without a limit.
-int pmc_scan_all(struct pmc_cursor *cursor, uint32_t flags, struct pmc_result *result);
-// Protects [start, end) whatever it held for this cursor; takes PMC_REARM.
-int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint32_t flags, struct pmc_result *result);
+// Protects [start, end) whatever it held for this cursor.
+int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, struct pmc_result *result);
+// A scan, one with PMC_ENGAGE, a reset: of the whole range of *result->cursor, without a limit. One argument, since from
+// Python each takes as long as a tenth of a small scan.
+int pmc_peek_all(struct pmc_result *result);
+int pmc_collect_all(struct pmc_result *result);
+int pmc_reset_all(struct pmc_result *result);
 // Un-protects, whole huge pages where there are such; every mapped page counts as written once, for every cursor.
 int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct pmc_result *result);
 // Registers and protects what has lost its registration; its pages count as written once, for every cursor.

@@ -341,7 +341,7 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	return rc;
 }
 
-int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64_t start, uint64_t end,
+int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint32_t flags,
 		     struct pmc_result *result)
 {
 	int rc = pmc_enter(tracker);
@@ -356,6 +356,7 @@ int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64
 	range->start = start;
 	range->end = end;
 	range->exact = true;
+	range->rearm = flags & PMC_REARM;
 	rc = range_setup(range, result);
 	if (rc) {
 		range_free(range);

@@ -173,9 +173,12 @@ static void check_order(const struct pmc_result *result)
 
 static void collect(struct drive *drive, struct reader *reader, uint64_t first, uint64_t last, uint64_t most, bool deliver)
 {
-	struct pmc_result result = { 0 };
-	check("collect", pmc_scan(reader->cursor, drive->start + first * drive->page, drive->start + last * drive->page, most,
-				  PMC_ENGAGE | PMC_REARM, &result));
+	struct pmc_result result = { .cursor = &reader->cursor };
+	if (!first && last == drive->pages && !most)
+		check("collect all", pmc_collect_all(&result));
+	else
+		check("collect", pmc_scan(reader->cursor, drive->start + first * drive->page,
+					  drive->start + last * drive->page, most, PMC_ENGAGE, &result));
 	check_order(&result);
 	if (deliver)
 		note(drive, reader, &result);
@@ -213,13 +216,14 @@ static void *disturb(void *arg)
 		uint64_t counted = drive->pages - drive->spare;
 		uint64_t first = pick(job, counted), last = first + 1 + pick(job, counted - first);
 		uint64_t from = drive->start + first * drive->page, to = drive->start + last * drive->page;
-		struct pmc_result result = { 0 };
+		struct pmc_result result = { .cursor = &cursor };
+		bool all = pick(job, 4) == 0;
 		switch (pick(job, 7)) {
 		case 0:
-			check("peek", pmc_scan(cursor, from, to, 0, 0, &result));
+			check("peek", all ? pmc_peek_all(&result) : pmc_scan(cursor, from, to, 0, 0, &result));
 			break;
 		case 1:
-			check("reset", pmc_reset(cursor, from, to, PMC_REARM, &result));
+			check("reset", all ? pmc_reset_all(&result) : pmc_reset(cursor, from, to, &result));
 			break;
 		case 2:
 			check("unprotect", pmc_unprotect(drive->range, from, to, &result));
@@ -252,7 +256,7 @@ static void capture(struct drive *drive, struct pmc_cursor *cursor)
 {
 	struct pmc_image *next;
 	struct pmc_result result = { 0 }, errors = { 0 };
-	check("collect", pmc_scan(cursor, drive->start, drive->end, 0, PMC_ENGAGE | PMC_REARM, &result));
+	check("collect", pmc_scan(cursor, drive->start, drive->end, 0, PMC_ENGAGE, &result));
 	check("make an image", drive->image ? pmc_image_next(&next, drive->image) :
 						pmc_image_create(&next, NULL, drive->base_pages));
 	check("capture", pmc_capture(drive->range, next, result.regions, result.count, &errors));
@@ -300,8 +304,7 @@ static void *collect_until_closed(void *arg)
 	int rc;
 	do {
 		struct pmc_result result = { 0 };
-		rc = pmc_scan(job->drive->readers[0].cursor, job->drive->start, job->drive->end, 0, PMC_ENGAGE | PMC_REARM,
-			      &result);
+		rc = pmc_scan(job->drive->readers[0].cursor, job->drive->start, job->drive->end, 0, PMC_ENGAGE, &result);
 		pmc_result_release(&result);
 	} while (!rc);
 	if (rc != -PMC_ECLOSED)
@@ -330,7 +333,7 @@ static void open_tracker(struct drive *drive, int how, uint64_t features, uint32
 	check("open pagemap", config.pagemap);
 	check("handshake", pmc_uffd_handshake(config.uffd, features, &granted));
 	check("open tracker", pmc_tracker_create(&drive->tracker, &config, &result));
-	check("track", pmc_range_create(&drive->range, drive->tracker, drive->start, drive->end, &result));
+	check("track", pmc_range_create(&drive->range, drive->tracker, drive->start, drive->end, PMC_REARM, &result));
 	pmc_result_release(&result);
 	for (unsigned i = 0; i < READERS; i++)
 		check("open a cursor", pmc_cursor_create(&drive->readers[i].cursor, drive->range));
