@@ -121,7 +121,6 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
 
 
 _ENGAGE: Final = _kernel.ENGAGE
-_KEEP: Final = _kernel.KEEP
 _ALONE = 0
 """What getrefcount() says in `Backend.scan` of the last answer if nobody else has it; 0: nobody knows."""
 
@@ -332,6 +331,11 @@ class Backend:
                 rc = _kernel.collect_all(result) if flags else _kernel.peek_all(result)
             else:
                 rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, flags, result)
+            # CPython looks for signals when a function begins, when one in C has returned, and in loops. None of these
+            # is between here and the caller, nor between an interrupt and the owe() below: pages are always delivered
+            # or given back, even where somebody keeps the interrupt, its traceback and this frame.
+            if not rc:
+                return answer
             if rc < 0:
                 self._fail(-rc, _kernel.operation(result), asked, result if flags else None)
         except PagemapCompatError as error:
@@ -346,11 +350,7 @@ class Backend:
                 _kernel.owe(on.cursor.c, result)
             on.last = _TAKEN
             raise
-        # CPython looks for signals when a function begins, when one in C has returned, and in loops. None of these is
-        # between here and the caller, nor between an interrupt and the owe() above: pages are always delivered or given
-        # back, even where somebody keeps the interrupt, its traceback and this frame.
-        if rc > _KEEP:
-            on.last = _TAKEN
+        on.last = _TAKEN
         return answer
 
     def take(self, on: Attached, pages: _kernel.Result) -> None:

@@ -163,14 +163,15 @@ int pmc_cursor_close(struct pmc_cursor *cursor);
 void pmc_cursor_destroy(struct pmc_cursor *cursor);
 
 // Puts the written pages of [start, end) into *result*, whose memory is used again; what it held is released. At most
-// max_pages (0: all). With PMC_ENGAGE protects exactly those. Returns the number of regions, also when memory for more
-// ran out (then walk_end < end). On an error what was taken is in *result*, and walk_end says up to where.
+// max_pages (0: all). With PMC_ENGAGE protects exactly those. Returns 0, or 1 if there are more than PMC_KEEP regions;
+// also when memory for more ran out (then walk_end < end). On an error what was taken is in *result*, and walk_end says
+// up to where.
 int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result);
 // Protects [start, end) whatever it held for this cursor.
 int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, struct pmc_result *result);
-// A scan, one with PMC_ENGAGE, a reset: of the whole range of *result->cursor, without a limit. One argument, since from
-// Python each takes as long as a tenth of a small scan.
+// A scan, one with PMC_ENGAGE, and a reset, of the whole range of *result->cursor, without a limit. One argument, since
+// from Python each takes as long as a tenth of a small scan.
 int pmc_peek_all(struct pmc_result *result);
 int pmc_collect_all(struct pmc_result *result);
 int pmc_reset_all(struct pmc_result *result);
