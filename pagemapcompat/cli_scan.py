@@ -362,16 +362,16 @@ def _check_is_set(category: PageCategory) -> None:
 def _scan(pagemap: Pagemap, mappings: list[Mapping], query: ScanQuery) -> Iterator[ScanResult]:
     total, done = sum(mapping.length for mapping in mappings), 0
     with _progress() as show:
-        for piece, mapped in _pieces(mappings):
-            yield pagemap.scan(piece, query)
+        for chunk, mapped in _chunks(mappings):
+            yield pagemap.scan(chunk, query)
             done += mapped
             show(done / total)
 
 
-def _pieces(mappings: list[Mapping]) -> Iterator[tuple[AddressRange, int]]:
-    """The mapped memory in pieces of about one size, and how much of each is mapped.
+def _chunks(mappings: list[Mapping]) -> Iterator[tuple[AddressRange, int]]:
+    """The mapped memory in chunks of about one size, and how much of each is mapped.
 
-    One piece may hold thousands of mappings, so that each costs no call, and one mapping may be in many.
+    One chunk may hold thousands of mappings, so that each costs no call, and one mapping may be in many.
     """
     start, room = 0, _PIECE
     for mapping in mappings:

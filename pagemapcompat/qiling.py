@@ -117,8 +117,8 @@ class TrackedMemory:
         memory = mmap.mmap(-1, stop - start, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for at in range(0, stop - start, page_size()):
             # Empty pages need not be there, nor be saved.
-            if (piece := content[at : at + page_size()]).strip(b"\0"):
-                memory[at : at + len(piece)] = piece
+            if (page := content[at : at + page_size()]).strip(b"\0"):
+                memory[at : at + len(page)] = page
         self._unmap(start, stop - start)
         try:
             return self._add(start, memory, perms, info)

@@ -87,9 +87,9 @@ def write(
         content = _deflated(_zstandard(), content)
     digest = hashlib.sha256()
     with _replacing(os.fsdecode(path)) as file:
-        for piece in chain((header,), _table(runs), content):
-            digest.update(piece)
-            file.write(piece)
+        for chunk in chain((header,), _table(runs), content):
+            digest.update(chunk)
+            file.write(chunk)
         file.write(digest.digest())
 
 
@@ -108,8 +108,8 @@ def _content(image: _kernel.ImageHandle, runs: _kernel.Result) -> Iterator[bytes
 
 def _deflated(zstandard: ModuleType, content: Iterator[bytes | bytearray]) -> Iterator[bytes]:
     compressor = zstandard.ZstdCompressor().compressobj()
-    for piece in content:
-        yield compressor.compress(piece)
+    for chunk in content:
+        yield compressor.compress(chunk)
     yield compressor.flush()
 
 
@@ -163,10 +163,10 @@ class _Source:
 
     def read(self, size: int) -> bytes:
         """So many bytes, fewer at the end."""
-        piece = self._file.read(min(size, self.left))
-        self.left -= len(piece)
-        self.digest.update(piece)
-        return piece
+        chunk = self._file.read(min(size, self.left))
+        self.left -= len(chunk)
+        self.digest.update(chunk)
+        return chunk
 
     def error(self, what: str, hint: str = _ALTERED) -> SnapshotFileError:
         """What is wrong with the file."""
@@ -253,10 +253,10 @@ class _Sealed:
 
     def read(self, size: int) -> bytes:
         """So many bytes, or fewer."""
-        piece = self._source.read(size)
-        if not piece:
-            piece, self._frame = self._frame[:size], self._frame[size:]
-        return piece
+        chunk = self._source.read(size)
+        if not chunk:
+            chunk, self._frame = self._frame[:size], self._frame[size:]
+        return chunk
 
 
 def _inflating(source: _Source) -> Callable[[int], bytes]:
@@ -279,7 +279,7 @@ def _inflating(source: _Source) -> Callable[[int], bytes]:
 
 
 def _chunks(first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Pages in pieces of at most _CHUNK bytes: first page, number of pages."""
+    """Pages in chunks of at most _CHUNK bytes: first page, number of pages."""
     step = max(_CHUNK >> PAGE_SHIFT, 1)
     return ((page, min(step, end - page)) for page in range(first, end, step))
 

@@ -86,7 +86,7 @@ class WrittenAddresses(Sequence[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Every address, in order."""
-        return _pieces(self._words, self._shift)
+        return _addresses(self._words, self._shift)
 
     @overload
     def __getitem__(self, index: int) -> int: ...
@@ -272,7 +272,7 @@ class WriteWatch:
     def _forget(self, asked: AddressRange) -> None:
         self._recover()
         self._cursor.reset(*self._offsets(asked))
-        self._kept.difference_update([piece for piece in self._kept if asked.start <= piece < asked.end])
+        self._kept.difference_update([address for address in self._kept if asked.start <= address < asked.end])
 
     def _look(self, asked: AddressRange, count: int | None) -> WrittenAddresses:
         with self._lock:
@@ -280,7 +280,7 @@ class WriteWatch:
             result = self._cursor.peek(start, stop, max_pages=limit)
             if direct:
                 return self._all_of(result)
-            return self._choose(self._kept.union(_pieces(result.as_u64())), result, asked, count)[0]
+            return self._choose(self._kept.union(_addresses(result.as_u64())), result, asked, count)[0]
 
     def _take(self, asked: AddressRange, count: int | None) -> WrittenAddresses:
         """What was written, watched anew.
@@ -300,7 +300,7 @@ class WriteWatch:
                 if direct:
                     answer = self._all_of(result)
                 else:
-                    self._kept |= set(_pieces(result.as_u64()))
+                    self._kept |= set(_addresses(result.as_u64()))
                     taken = None
                     answer, chosen = self._choose(self._kept, result, asked, count)
                     self._kept -= chosen
@@ -316,7 +316,7 @@ class WriteWatch:
         while lost := self._lost:
             for taken in lost:
                 self._kept.update(
-                    _pieces(taken.as_u64())
+                    _addresses(taken.as_u64())
                     if isinstance(taken, ScanResult)
                     else (address - self._shift for address in taken)
                 )
@@ -328,7 +328,7 @@ class WriteWatch:
         """Whether a scan finds just what is asked for; and its start, stop and limit."""
         self._recover()
         direct = self._unit == WRITE_WATCH_GRANULARITY and not self._kept
-        # Pieces of the first unit may lie before what is asked about, and a unit that would not fit is left out.
+        # Addresses of the first unit may lie before what is asked about, and a unit that would not fit is left out.
         limit = count if direct or count is None else count + 2 * self._unit // WRITE_WATCH_GRANULARITY
         return direct, *self._offsets(asked), limit
 
@@ -340,7 +340,7 @@ class WriteWatch:
     ) -> tuple[WrittenAddresses, set[int]]:
         """Of what a scan and earlier ones found, what is asked for; as host addresses, too."""
         end = min(asked.end, result.walk_end)
-        inside = sorted(piece for piece in written if asked.start <= piece < end)
+        inside = sorted(address for address in written if asked.start <= address < end)
         chosen = inside[:count]
         complete = result.complete and len(chosen) == len(inside)
         return WrittenAddresses(_runs(chosen), len(chosen), self._shift, complete=complete), set(chosen)
@@ -587,7 +587,7 @@ def _up(value: int, unit: int) -> int:
     return value + -value % unit
 
 
-def _pieces(words: memoryview[int], shift: int = 0) -> Iterator[int]:
+def _addresses(words: memoryview[int], shift: int = 0) -> Iterator[int]:
     """The address, plus *shift*, of every 4096 bytes of the regions of a result."""
     return chain.from_iterable(
         range(start + shift, end + shift, WRITE_WATCH_GRANULARITY) for start, end, _ in iter_unpack("=QQQ", words)

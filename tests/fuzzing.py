@@ -149,9 +149,9 @@ def proc_maps(data: bytes) -> None:
     assert [(one.start, one.end, one.permissions, one.path) for one in found] == wrote
     for one in found:
         assert "\x1b" not in cli_scan._visible(one.path)
-    covered = [piece for piece, _ in cli_scan._pieces(found)]
+    covered = [chunk for chunk, _ in cli_scan._chunks(found)]
     assert all(a.end <= b.start for a, b in itertools.pairwise(covered))
-    assert sum(mapped for _, mapped in cli_scan._pieces(found)) == sum(one.length for one in found)
+    assert sum(mapped for _, mapped in cli_scan._chunks(found)) == sum(one.length for one in found)
 
 
 # -- The command line ------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Reader:
             self.forget(pages)
 
     def discard(self, page: int, *, held: bool) -> None:
-        """What nobody was told of yet may have come to a bare unit, and gone without a trace."""
+        """What nobody was told of yet may have come to a bare block, and gone without a trace."""
         if held and page not in self.must:
             self.must.add(page)
         else:

@@ -451,7 +451,7 @@ static int copy_regions(struct copier *copier, const struct page_region *regions
 {
 	struct pmc_tracker *tracker = copier->tracker;
 	struct pmc_result *result = copier->result;
-	// What is copied must be seen to change from then on, and of what comes to a bare unit and is discarded again
+	// What is copied must be seen to change from then on, and of what comes to a bare block and is discarded again
 	// nothing is.
 	int rc = copier->image && copier->range->bare ? pmc_kernel_arm_all(copier->range) : 0;
 	// A comparison is of what it is asked about alone.

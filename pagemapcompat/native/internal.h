@@ -58,15 +58,20 @@ uint64_t pmc_output_add(struct output *out, uint64_t start, uint64_t end, uint64
 // Takes back whatever lies at or after *end*.
 void pmc_output_cut(struct output *out, uint64_t end);
 
+// Empties it, to be filled again; *cursor* stays.
+void pmc_result_empty(struct pmc_result *result);
 // Makes room for *more* regions. 0 or -ENOMEM.
 int pmc_result_reserve(struct pmc_result *result, uint64_t more);
 // Appends to a result that has room.
 void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, uint64_t categories,
 		       uint32_t page_shift);
 
-// Likewise *count* regions, of which no two are one.
-void pmc_result_append_all(struct pmc_result *result, const struct page_region *regions, uint64_t count,
-			   uint32_t page_shift);
+// Likewise *count* regions, of which no two are one. Their ends are zero then.
+void pmc_result_move_in(struct pmc_result *result, struct page_region *regions, uint64_t count, uint32_t page_shift);
+
+// Puts the union of two ascending lists, as far as *stop*, into *vec*, which has room for both. Returns its length.
+uint64_t pmc_unite(struct page_region *vec, const struct page_region *a, uint64_t a_count, const struct page_region *b,
+		   uint64_t b_count, uint64_t stop);
 
 // One bit a page. The arrays are as long as their range; callers stay inside.
 static inline bool bit_test(const uint64_t *bits, uint64_t index)
@@ -175,7 +180,7 @@ struct pmc_range {
 	bool quiet_used;
 	uint64_t *log; // written, by the fault thread; under fault_lock; NULL where pagemap shows marks
 	size_t bare_size;
-	uint64_t *bare; // units of scan.c with nothing in them, and no mark; NULL where there are none
+	uint64_t *bare; // blocks of scan.c with nothing in them, and no mark; NULL where there are none
 };
 
 // A reader of a range. Whoever takes pages from the engine owes them to all other cursors, so that each sees every
@@ -185,6 +190,7 @@ struct pmc_cursor {
 	struct pmc_cursor *next; // in range->cursors
 	uint64_t *owed; // taken and protected, and this one does not have it yet; NULL once closed
 	uint64_t owed_count;
+	uint64_t last_count; // regions of its last answer
 };
 
 struct cpus {
@@ -235,7 +241,7 @@ struct pmc_tracker {
 	void *copier; // of copy.c, once there was anything to copy
 	size_t copier_size;
 	// What precedes, and the first regions, lie in one page: a scan that protected something finds the TLB flushed.
-	struct page_region regions[PMC_VECTOR]; // all zero between calls
+	struct page_region regions[PMC_VECTOR]; // whose ends are zero between calls
 	struct page_region halves[2][PMC_REGIONS / 2]; // likewise
 	uint64_t words[PMC_WORDS];
 	struct vmas vmas;

@@ -5,7 +5,6 @@
 // engine is called, so nothing that was taken is ever without a place.
 #define _GNU_SOURCE
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "internal.h"
@@ -159,7 +158,7 @@ static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, boo
 	return -ENOENT;
 }
 
-// Runs the engine over [start, end) into tracker->regions, which must be zero again before the next run.
+// Runs the engine over [start, end) into tracker->regions, whose ends must be zero again before the next run.
 static int run_engine(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
 		      uint64_t max_pages, uint64_t vec_len, bool engage, uint64_t *walk_end)
 {
@@ -195,8 +194,9 @@ static void drain(struct pmc_cursor *cursor, int rc, bool engaged, struct pmc_re
 	for (uint64_t i = 0; engaged && !is_alone(cursor) && i < count; i++)
 		pmc_owe_others(cursor->range, tracker->regions[i].start, tracker->regions[i].end, cursor);
 	if (result)
-		pmc_result_append_all(result, tracker->regions, count, tracker->page_shift);
-	memset(tracker->regions, 0, count * sizeof(*tracker->regions));
+		pmc_result_move_in(result, tracker->regions, count, tracker->page_shift);
+	else
+		memset(tracker->regions, 0, count * sizeof(*tracker->regions));
 }
 
 // Takes what was written of [start, end), which lies in one piece, for the other cursors alone. *walk_end: done up to
@@ -379,7 +379,7 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 	return rc;
 }
 
-// ---- Results ------------------------------------------------------------------------------------------------
+// ---- What reached nobody --------------------------------------------------------------------------------------
 
 int pmc_owe(struct pmc_cursor *cursor, const struct pmc_result *result)
 {
@@ -396,41 +396,27 @@ int pmc_owe(struct pmc_cursor *cursor, const struct pmc_result *result)
 	return pmc_leave(tracker, 0, NULL);
 }
 
-// Memory stays of which little was touched.
-static void result_empty(struct pmc_result *result)
-{
-	struct pmc_result empty = { .cursor = result->cursor };
-	if (result->count <= PMC_KEEP && result->capacity <= PMC_VECTOR) {
-		empty.regions = result->regions;
-		empty.capacity = result->capacity;
-	} else {
-		free(result->regions);
-	}
-	*result = empty;
-}
-
-void pmc_result_release(struct pmc_result *result)
-{
-	free(result->regions);
-	*result = (struct pmc_result){ 0 };
-}
-
 // ---- Scans, and the rest ------------------------------------------------------------------------------------
 
 int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result)
 {
-	result_empty(result);
+	pmc_result_empty(result);
 	result->walk_end = start;
 	int rc = enter_cursor(cursor);
 	if (rc)
 		return rc;
 	struct pmc_tracker *tracker = cursor->range->tracker;
-	max_pages = min_u64(max_pages, (end - start) >> tracker->page_shift);
+	uint64_t pages = (end - start) >> tracker->page_shift;
+	max_pages = min_u64(max_pages, pages);
+	// Room for as many as last time, if there is: else what is there is copied each time more comes.
+	if (cursor->last_count > PMC_VECTOR)
+		(void)pmc_result_reserve(result, min_u64(cursor->last_count + PMC_VECTOR, pages / 2 + 1));
 	rc = scan_locked(cursor, start, end, max_pages, flags & PMC_ENGAGE, result);
 	// A fault thread that died meanwhile has let writes through that this scan could not see.
 	if (!rc && atomic_load(&tracker->fault_errno))
 		rc = -PMC_EFAULTTHREAD;
+	cursor->last_count = result->count;
 	tracker->scans++;
 	if (flags & PMC_ENGAGE)
 		tracker->pages += result->pages;
@@ -471,7 +457,7 @@ static int reset_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end,
 
 int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, struct pmc_result *result)
 {
-	result_empty(result);
+	pmc_result_empty(result);
 	int rc = enter_cursor(cursor);
 	if (rc)
 		return rc;

@@ -88,18 +88,23 @@ void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, 
 	result->pages += (end - start) >> page_shift;
 }
 
-void pmc_result_append_all(struct pmc_result *result, const struct page_region *regions, uint64_t count,
-			   uint32_t page_shift)
+void pmc_result_move_in(struct pmc_result *result, struct page_region *regions, uint64_t count, uint32_t page_shift)
 {
 	uint64_t bytes = 0;
 	if (!count)
 		return;
 	// Only the first can go on where the last one ended.
 	pmc_result_append(result, regions[0].start, regions[0].end, regions[0].categories, page_shift);
-	memcpy(result->regions + result->count, regions + 1, (count - 1) * sizeof(*regions));
+	regions[0].end = 0;
+	// One pass: these are more than the nearest cache holds.
+	struct page_region *to = result->regions + result->count;
+	for (uint64_t i = 1; i < count; i++) {
+		*to = regions[i];
+		bytes += to->end - to->start;
+		regions[i].end = 0;
+		to++;
+	}
 	result->count += count - 1;
-	for (uint64_t i = 1; i < count; i++)
-		bytes += regions[i].end - regions[i].start;
 	result->pages += bytes >> page_shift;
 }
 
@@ -112,21 +117,53 @@ int pmc_result_fill(struct pmc_result *result, const struct page_region *regions
 	return 0;
 }
 
+uint64_t pmc_unite(struct page_region *vec, const struct page_region *a, uint64_t a_count, const struct page_region *b,
+		   uint64_t b_count, uint64_t stop)
+{
+	uint64_t count = 0;
+	for (uint64_t i = 0, j = 0; i < a_count || j < b_count;) {
+		bool from_a = j == b_count || (i < a_count && a[i].start <= b[j].start);
+		struct page_region next = from_a ? a[i++] : b[j++];
+		if (next.start >= stop)
+			continue;
+		next.end = min_u64(next.end, stop);
+		next.categories = PAGE_IS_WRITTEN;
+		if (count && next.start <= vec[count - 1].end)
+			vec[count - 1].end = max_u64(vec[count - 1].end, next.end);
+		else
+			vec[count++] = next;
+	}
+	return count;
+}
+
 int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, const struct pmc_result *b)
 {
-	uint64_t i = 0, k = 0;
 	if (pmc_result_reserve(result, a->count + b->count))
 		return -ENOMEM;
-	while (i < a->count || k < b->count) {
-		bool first = k == b->count || (i < a->count && a->regions[i].start <= b->regions[k].start);
-		const struct page_region *next = first ? &a->regions[i++] : &b->regions[k++];
-		uint64_t done = result->count ? result->regions[result->count - 1].end : 0;
-		if (next->end > done)
-			pmc_result_append(result, max_u64(next->start, done), next->end, PAGE_IS_WRITTEN,
-					  pmc_page_shift());
-	}
+	result->count = pmc_unite(result->regions, a->regions, a->count, b->regions, b->count, UINT64_MAX);
+	for (uint64_t i = 0; i < result->count; i++)
+		result->pages += (result->regions[i].end - result->regions[i].start) >> pmc_page_shift();
 	result->walk_end = max_u64(a->walk_end, b->walk_end);
 	return 0;
+}
+
+// Memory stays of which little was touched.
+void pmc_result_empty(struct pmc_result *result)
+{
+	struct pmc_result empty = { .cursor = result->cursor };
+	if (result->count <= PMC_KEEP && result->capacity <= PMC_VECTOR) {
+		empty.regions = result->regions;
+		empty.capacity = result->capacity;
+	} else {
+		free(result->regions);
+	}
+	*result = empty;
+}
+
+void pmc_result_release(struct pmc_result *result)
+{
+	free(result->regions);
+	*result = (struct pmc_result){ 0 };
 }
 
 uint64_t pmc_bits_fill(uint64_t *bits, uint64_t from, uint64_t to, bool value)

@@ -2,8 +2,8 @@
 //
 // Rules that every call here keeps, each for a kernel that needs it:
 //  - The vector is ours and mapped: an ioctl that cannot copy out has protected the pages already.
-//  - It is zero before the call: an ioctl that fails in its middle (EPERM at a mapping that is not registered, ENOMEM,
-//    EINTR) returns -1 and an arbitrary walk_end, but has stored what it had protected by then.
+//  - The ends in it are zero before the call: an ioctl that fails in its middle (EPERM at a mapping that is not
+//    registered, ENOMEM, EINTR) returns -1 and an arbitrary walk_end, but has stored what it had protected by then.
 //  - After more than 512 regions walk_end can lie (seen on 6.18). Fewer regions than the vector has is a finished scan;
 //    else the next one starts at walk_end or behind the last region, whichever is further.
 //  - WP_MATCHING never meets hugetlb memory, where kernels before 7.2 wait for themselves (e92d92bbafb2).
@@ -22,8 +22,8 @@ int pmc_pagemap_scan(int pagemap, struct pm_scan_arg *arg)
 	return rc < 0 ? -errno : rc;
 }
 
-// Runs *arg* into its vector, which must be zero. Returns what was stored, also on an error, which is put in *error*;
-// arg->walk_end says where to go on.
+// Runs *arg* into its vector, whose ends must be zero. Returns what was stored, also on an error, which is put in
+// *error*; arg->walk_end says where to go on.
 static uint64_t scan(struct pmc_tracker *tracker, struct pm_scan_arg *arg, int *error)
 {
 	const struct page_region *vec = (const struct page_region *)(uintptr_t)arg->vec;
@@ -110,26 +110,6 @@ int pmc_kernel_next_untracked(struct pmc_range *range, uint64_t start, uint64_t 
 	return 0;
 }
 
-// The union of two ascending lists, as far as *stop*.
-static uint64_t merge(struct page_region *vec, const struct page_region *a, uint64_t a_count,
-		      const struct page_region *b, uint64_t b_count, uint64_t stop)
-{
-	uint64_t count = 0;
-	for (uint64_t i = 0, j = 0; i < a_count || j < b_count;) {
-		bool from_a = j == b_count || (i < a_count && a[i].start <= b[j].start);
-		struct page_region next = from_a ? a[i++] : b[j++];
-		if (next.start >= stop)
-			continue;
-		next.end = min_u64(next.end, stop);
-		next.categories = PAGE_IS_WRITTEN;
-		if (count && next.start <= vec[count - 1].end)
-			vec[count - 1].end = max_u64(vec[count - 1].end, next.end);
-		else
-			vec[count++] = next;
-	}
-	return count;
-}
-
 // Kernels that call an empty page unchanged where no page table is left (6.7 to 7.1 but for those with 07b4377bdbe7),
 // and misread swap entries on the fast path (6.7 and 6.8, fixed by 2c7ad9a590d1): a second query finds both. It asks
 // first and changes nothing, so a page that it names is in this answer whatever happens until UFFDIO_WRITEPROTECT arms
@@ -163,8 +143,8 @@ static uint64_t scan_twice(struct pmc_tracker *tracker, struct pm_scan_arg *arg,
 			if (rc && rc != -ENOENT && !*error)
 				*error = rc;
 		}
-		count = merge((struct page_region *)(uintptr_t)arg->vec, missed, missed_count, own, own_count,
-			      take.walk_end);
+		count = pmc_unite((struct page_region *)(uintptr_t)arg->vec, missed, missed_count, own, own_count,
+				  take.walk_end);
 	}
 	memset(missed, 0, missed_count * sizeof(*missed));
 	memset(own, 0, own_count * sizeof(*own));
@@ -184,28 +164,28 @@ static int put_untracked(struct pm_scan_arg *arg, uint64_t start, uint64_t end, 
 	return (int)out.count;
 }
 
-// ---- Bare units -----------------------------------------------------------------------------------------------
+// ---- Bare blocks ----------------------------------------------------------------------------------------------
 //
 // A great reserve of which little is used must not cost what is not there: marks on all of its empty pages would fill
-// page tables that each scan walks. So private memory that is barred when it is tracked is divided into units. A unit
-// in which nothing is stays *bare*: none of its pages has a mark. In bare units the kernel is asked for pages that are
+// page tables that each scan walks. So private memory that is barred when it is tracked is divided into blocks. A block
+// in which nothing is stays *bare*: none of its pages has a mark. In bare blocks the kernel is asked for pages that are
 // present or swapped, which lets it skip whole page tables; the zero page, which a read puts there, is none. When
-// something has come, one query protects the whole unit and takes each page of it, and what was in it is owed to all
-// cursors (arm_unit). From then on its empty pages have marks, which a discard takes away.
+// something has come, one query protects the whole block and takes each page of it, and what was in it is owed to all
+// cursors (arm_block). From then on its empty pages have marks, which a discard takes away.
 //
 // What this costs: a first write that brings a huge page counts as one to all of it, so such a range is not exact; and
 // a page that came and was discarded again between two calls leaves no trace, as it leaves no content.
 
-#define UNIT_TABLES 16 // lowest page tables of a unit: 32 MiB with pages of 4 KiB
+#define BLOCK_TABLES 16 // lowest page tables of a block: 32 MiB with pages of 4 KiB
 
-static uint64_t unit_size(const struct pmc_tracker *tracker)
+static uint64_t block_size(const struct pmc_tracker *tracker)
 {
-	return UNIT_TABLES * huge_size_of(tracker);
+	return BLOCK_TABLES * huge_size_of(tracker);
 }
 
-static uint64_t unit_index(const struct pmc_range *range, uint64_t address)
+static uint64_t block_index(const struct pmc_range *range, uint64_t address)
 {
-	uint64_t size = unit_size(range->tracker);
+	uint64_t size = block_size(range->tracker);
 	return (address - align_down(range->start, size)) / size;
 }
 
@@ -213,16 +193,16 @@ size_t pmc_kernel_bare_size(const struct pmc_range *range)
 {
 	const struct pmc_tracker *tracker = range->tracker;
 	// Kernels that call an empty page unchanged where no page table is left would leave it without a mark when its
-	// unit is armed.
+	// block is armed.
 	if (!pmc_is_async(tracker) || !(tracker->abilities & PMC_CAN_SCAN_HOLES) ||
-	    range->end - range->start < unit_size(tracker))
+	    range->end - range->start < block_size(tracker))
 		return 0;
-	return (unit_index(range, range->end) / 64 + 1) * sizeof(*range->bare);
+	return (block_index(range, range->end) / 64 + 1) * sizeof(*range->bare);
 }
 
 int pmc_kernel_bare_all(struct pmc_range *range)
 {
-	uint64_t size = unit_size(range->tracker), barred = range->start;
+	uint64_t size = block_size(range->tracker), barred = range->start;
 	struct vma vma;
 
 	// *barred*: from there on up to *pos* all is.
@@ -238,7 +218,7 @@ int pmc_kernel_bare_all(struct pmc_range *range)
 		if (!more || end == range->end) {
 			uint64_t from = align_up(barred, size), to = align_down(pos, size);
 			if (from < to &&
-			    pmc_bits_fill(range->bare, unit_index(range, from), unit_index(range, to), true))
+			    pmc_bits_fill(range->bare, block_index(range, from), block_index(range, to), true))
 				range->exact = false;
 			barred = pos = end;
 		}
@@ -246,20 +226,20 @@ int pmc_kernel_bare_all(struct pmc_range *range)
 	return 0;
 }
 
-// Whether the unit at *start* is bare, and up to where, at most *end*, the next ones are as it is.
+// Whether the block at *start* is bare, and up to where, at most *end*, the next ones are as it is.
 static bool is_bare(const struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t *end)
 {
 	if (!range->bare || piece->kind != PMC_KIND_ANON || start >= *end)
 		return false;
-	uint64_t size = unit_size(range->tracker);
-	uint64_t first = unit_index(range, start), last = unit_index(range, *end - 1) + 1;
+	uint64_t size = block_size(range->tracker);
+	uint64_t first = block_index(range, start), last = block_index(range, *end - 1) + 1;
 	bool bare = bit_test(range->bare, first);
 	uint64_t other = pmc_bits_find(range->bare, first, last, !bare);
 	*end = min_u64(*end, align_down(range->start, size) + other * size);
 	return bare;
 }
 
-// Asks for pages that came to bare units.
+// Asks for pages that came to bare blocks.
 static struct pm_scan_arg present_arg(uint64_t start, uint64_t end, struct page_region *vec, uint64_t len)
 {
 	return (struct pm_scan_arg){
@@ -281,14 +261,14 @@ struct forgotten {
 	uint64_t end;
 };
 
-static int arm_unit(struct pmc_range *range, uint64_t address, struct forgotten forgotten)
+static int arm_block(struct pmc_range *range, uint64_t address, struct forgotten forgotten)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	struct page_region *vec = tracker->regions;
-	uint64_t size = unit_size(tracker), pos = align_down(address, size), end = pos + size;
+	uint64_t size = block_size(tracker), pos = align_down(address, size), end = pos + size;
 	int error = 0;
 
-	bit_clear(range->bare, unit_index(range, address));
+	bit_clear(range->bare, block_index(range, address));
 	while (pos < end && !error) {
 		const struct piece *piece = pmc_piece_at(range, pos);
 		struct pm_scan_arg take = {
@@ -321,10 +301,10 @@ static int arm_unit(struct pmc_range *range, uint64_t address, struct forgotten 
 
 int pmc_kernel_arm_all(struct pmc_range *range)
 {
-	uint64_t size = unit_size(range->tracker), last = unit_index(range, range->end - 1) + 1;
+	uint64_t size = block_size(range->tracker), last = block_index(range, range->end - 1) + 1;
 	int rc = 0;
-	for (uint64_t unit = 0; !rc && (unit = pmc_bits_find(range->bare, unit, last, true)) < last;)
-		rc = arm_unit(range, align_down(range->start, size) + unit * size, (struct forgotten){ 0 });
+	for (uint64_t block = 0; !rc && (block = pmc_bits_find(range->bare, block, last, true)) < last;)
+		rc = arm_block(range, align_down(range->start, size) + block * size, (struct forgotten){ 0 });
 	return rc;
 }
 
@@ -356,9 +336,9 @@ static int scan_piece(struct pmc_range *range, const struct piece *piece, struct
 		if (bare && engage && count) {
 			// What was in it is owed now: the caller goes on there.
 			uint64_t address = vec->start;
-			arg->walk_end = max_u64(align_down(address, unit_size(tracker)), start);
+			arg->walk_end = max_u64(align_down(address, block_size(tracker)), start);
 			*vec = (struct page_region){ 0 };
-			return arm_unit(range, address, forgotten);
+			return arm_block(range, address, forgotten);
 		}
 		// An error that took pages with it is reported when it comes again, with nothing in its way.
 		if (!error || count)
