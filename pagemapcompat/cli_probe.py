@@ -8,7 +8,7 @@ import os
 from contextlib import suppress
 from errno import ESRCH, errorcode
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -27,7 +27,14 @@ from pagemapcompat.cli_streams import (
     put,
     say,
 )
-from pagemapcompat.errors import AccessError, KernelError, PagemapCompatError, TargetGoneError, UnsupportedError
+from pagemapcompat.errors import (
+    AccessError,
+    InvalidArgumentError,
+    KernelError,
+    PagemapCompatError,
+    TargetGoneError,
+    UnsupportedError,
+)
 from pagemapcompat.laboratory import Laboratory
 from pagemapcompat.mappings import parse
 from pagemapcompat.memory import AddressRange, page_size
@@ -82,7 +89,7 @@ class Findings:
         return {
             "schema": SCHEMA,
             "version": version("pagemapcompat"),
-            "privileged": "CAP_SYS_PTRACE" in limits.capabilities and not limits.user_namespace,
+            "privileged": "CAP_SYS_PTRACE" in (limits.capabilities or ()) and not limits.user_namespace,
             "backend": best,
             "guarantees": _names(self.usable[best]) if best else [],
             "backends": {name: self._backend(name) for name in BACKEND_NAMES},
@@ -152,7 +159,9 @@ def _soft_dirty() -> ProbeResult:
     os.close(told)
     with os.fdopen(answer, "rb") as file:
         text = file.read()
-    _, status = os.waitpid(pid, 0)
+    status = 0
+    with suppress(ChildProcessError):  # who ignores SIGCHLD is told nothing of its children
+        _, status = os.waitpid(pid, 0)
     if status or not text:
         detail = f"the process that tried it ended with {os.waitstatus_to_exitcode(status)}"
         return ProbeResult(Feature.SOFT_DIRTY, "unknown", None, detail, "ask again, with more memory")
@@ -182,18 +191,30 @@ def unmet(findings: Findings, names: Sequence[str]) -> Iterator[tuple[int, str]]
         elif name in BACKEND_NAMES:
             if name not in findings.usable:
                 refused = findings.refused[name]
-                fleeting = not isinstance(refused, UnsupportedError | AccessError)
-                yield EXIT_UNTOLD if fleeting else EXIT_FAILED, f"{name}: {refused}; remedy: {refused.hint or 'none'}"
+                yield (
+                    EXIT_UNTOLD if _is_untold(refused) else EXIT_FAILED,
+                    f"{name}: {refused}; remedy: {refused.hint or 'none'}",
+                )
         elif not (result := findings.report[Feature(name)]):
             answer = findings.report.as_dict()[name]
             yield (
                 EXIT_UNTOLD if result.state == "unknown" else EXIT_FAILED,
                 f"{name}: {result.state}, {_with_hint(answer, 'detail')}",
             )
-    able = [given for name, given in findings.usable.items() if not backends or name in backends]
-    if wanted and not any(wanted & ~given == Guarantee(0) for given in able):
-        given = ", ".join(f"{name} gives {' '.join(_names(given))}" for name, given in findings.usable.items())
-        yield EXIT_FAILED, f"{' '.join(_names(wanted))}: no backend gives this; {given or 'no backend works'}"
+    asked = backends or BACKEND_NAMES
+    able = {name: given for name, given in findings.usable.items() if name in asked}
+    if wanted and not any(wanted & ~given == Guarantee(0) for given in able.values()):
+        untold = any(_is_untold(findings.refused[name]) for name in asked if name not in able)
+        given = ", ".join(f"{name} gives {' '.join(_names(given))}" for name, given in able.items())
+        yield (
+            EXIT_UNTOLD if untold else EXIT_FAILED,
+            f"{' '.join(_names(wanted))}: none of {', '.join(asked)} gives this; {given or 'none of them works'}",
+        )
+
+
+def _is_untold(refused: PagemapCompatError) -> bool:
+    """Whether the backend might work all the same: what refuses it is no answer of the kernel's."""
+    return not isinstance(refused, UnsupportedError | AccessError)
 
 
 def _with_hint(answer: dict[str, Any], key: str) -> str:
@@ -204,7 +225,7 @@ def _with_hint(answer: dict[str, Any], key: str) -> str:
 # -- Another process -------------------------------------------------------------------------------------------
 
 
-def readable(pid: int) -> dict[str, Any]:
+def readable(pid: int | Literal["self"]) -> dict[str, Any]:
     """What could be read of another process, of plain values.
 
     Raises:
@@ -218,15 +239,15 @@ def readable(pid: int) -> dict[str, Any]:
             one = AddressRange(page_size(), 2 * page_size())
             for category in PageCategory:
                 answers[f"category-{str(category.name).lower().replace('_', '-')}"] = _scans(pagemap, one, category)
-            answers["pfn"] = _shows_pfn(pid, pagemap)
-    return {"schema": SCHEMA, "pid": pid, "answers": answers}
+            answers["pfn"] = _shows_pfn(pagemap)
+    return {"schema": SCHEMA, "pid": cli_scan.number(pid), "answers": answers}
 
 
 def _answer(state: str, number: int | None = None, detail: str = "", hint: str | None = None) -> dict[str, Any]:
     return {"state": state, "errno": errorcode.get(number) if number else None, "detail": detail, "hint": hint}
 
 
-def _opens(pid: int, name: str) -> dict[str, Any]:
+def _opens(pid: int | str, name: str) -> dict[str, Any]:
     path = f"/proc/{pid}/{name}"
     try:
         with open(path, "rb", buffering=0) as file:
@@ -243,15 +264,18 @@ def _opens(pid: int, name: str) -> dict[str, Any]:
 
 def _scans(pagemap: Pagemap, where: AddressRange, category: PageCategory) -> dict[str, Any]:
     try:
+        cli_scan.check_is_set(category)
         pagemap.scan(where, ScanQuery(all_of=category, report=category))
+    except TargetGoneError:
+        raise
     except KernelError as error:
         return _answer("no", error.errno, error.strerror or "", error.hint)
     return _answer("yes", None, f"PAGE_IS_{category.name} can be told")
 
 
-def _shows_pfn(pid: int, pagemap: Pagemap) -> dict[str, Any]:
+def _shows_pfn(pagemap: Pagemap) -> dict[str, Any]:
     starts: list[int] = []
-    with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+    with suppress(AccessError), os.fdopen(pagemap.open_file("maps"), "rb") as maps:
         starts = [mapping.start for mapping in parse(maps) if mapping.path != "[vsyscall]"]
     for start in starts:
         for entry in pagemap.entries(AddressRange.from_length(start, page_size())):
@@ -281,7 +305,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing: the exit status is the answer")
     parser.add_argument("--list", action="store_true", help="what can be required; nothing is tried")
-    parser.add_argument("--pid", type=int, help="what could be read of another process (text and json)")
+    parser.add_argument("--pid", help='what could be read of another process, or of "self" (text and json)')
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -309,13 +333,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_pid(arguments: argparse.Namespace) -> int:
     if arguments.format not in cli_formats.PID_FORMATS:
         arguments.parser.error(f"--pid prints {' or '.join(cli_formats.PID_FORMATS)}, not {arguments.format}")
-    if arguments.pid < 1:
-        arguments.parser.error(f"--pid {arguments.pid} is no process id")
     try:
-        answers = readable(arguments.pid)
+        pid = cli_scan.process(arguments.pid)
+    except InvalidArgumentError as error:
+        arguments.parser.error(f"--pid: {error}; {error.hint}")
+    try:
+        answers = readable(pid)
     except TargetGoneError as error:
         _complain(error.strerror or "", arguments)
-        return EXIT_KERNEL_THREAD if cli_scan.is_kernel_thread(arguments.pid) else EXIT_GONE
+        return EXIT_KERNEL_THREAD if cli_scan.is_kernel_thread(pid) else EXIT_GONE
     written = _put(cli_formats.PID_FORMATS[arguments.format](answers), arguments)
     return EXIT_ACCESS if answers["answers"]["pagemap"]["state"] == "denied" else written
 

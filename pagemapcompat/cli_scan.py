@@ -101,7 +101,7 @@ class _KernelThreadError(PagemapCompatError):
 class _Request:
     """What the command line asks for."""
 
-    pid: int
+    pid: int | Literal["self"]
     range: AddressRange
     only: PageCategory
     without: PageCategory
@@ -224,15 +224,21 @@ def _request(arguments: argparse.Namespace) -> _Request:
         raise InvalidArgumentError(f"--only and --not both name {', '.join(_names(only & without))}").with_hint(
             "no page can be both"
         )
-    return _Request(_pid(arguments.pid), _range(arguments.range), only, without)
+    return _Request(process(arguments.pid), _range(arguments.range), only, without)
 
 
-def _pid(text: str) -> int:
+def process(text: str) -> int | Literal["self"]:
+    """Which one the command line means, as `Pagemap` takes it."""
     if text == "self":
-        return os.getpid()
+        return "self"
     if not re.fullmatch("[0-9]{1,10}", text) or not int(text):
-        raise InvalidArgumentError(f"PID: {text!r} is not a process id").with_hint('give a positive number, or "self"')
+        raise InvalidArgumentError(f"{text!r} is not a process id").with_hint('give a positive number, or "self"')
     return int(text)
+
+
+def number(pid: int | Literal["self"]) -> int:
+    """Its pid in this process's pid namespace."""
+    return os.getpid() if pid == "self" else pid
 
 
 def _range(text: str | None) -> AddressRange:
@@ -281,11 +287,11 @@ def _look(request: _Request, wanted: PageCategory) -> _Report:
         results = list(_scan(pagemap, mappings, query))
         _check_memory(pid, maps)
     by_ioctl = probe().supports(Feature.PAGEMAP_SCAN)
-    return _Report(pid, "PAGEMAP_SCAN" if by_ioctl else "pagemap words", told, mappings, results)
+    return _Report(number(pid), "PAGEMAP_SCAN" if by_ioctl else "pagemap words", told, mappings, results)
 
 
 @contextmanager
-def _reading(pid: int) -> Iterator[None]:
+def _reading(pid: int | str) -> Iterator[None]:
     """Reads files in /proc/PID, which go away with the process."""
     try:
         yield
@@ -293,14 +299,14 @@ def _reading(pid: int) -> Iterator[None]:
         raise TargetGoneError.make(ESRCH, f"/proc/{pid}", "there is no such process (any more)") from error
 
 
-def is_kernel_thread(pid: int) -> bool:
+def is_kernel_thread(pid: int | str) -> bool:
     """Whether it is one; not, where that cannot be read."""
     with suppress(OSError):
         return bool(_stat(pid)[1] & _KERNEL_THREAD)
     return False
 
 
-def _stat(pid: int) -> tuple[bytes, int]:
+def _stat(pid: int | str) -> tuple[bytes, int]:
     """State and flags."""
     with open(f"/proc/{pid}/stat", "rb") as stat:
         # The name, in parentheses, may have spaces and parentheses in it.
@@ -308,7 +314,7 @@ def _stat(pid: int) -> tuple[bytes, int]:
     return state, int(fields[5])
 
 
-def _check_process(pid: int) -> None:
+def _check_process(pid: int | str) -> None:
     # Where /proc hides what belongs to others, Pagemap says why.
     with suppress(PermissionError), _reading(pid):
         state, flags = _stat(pid)
@@ -318,7 +324,7 @@ def _check_process(pid: int) -> None:
             raise TargetGoneError.make(ESRCH, f"/proc/{pid}", "the process ended, and its parent has yet to notice")
 
 
-def _check_memory(pid: int, maps: IO[bytes]) -> None:
+def _check_memory(pid: int | str, maps: IO[bytes]) -> None:
     """The memory that *maps* was opened on is still somebody's: its process neither ended nor called exec."""
     if not os.pread(maps.fileno(), 1, 0):
         raise TargetGoneError.make(ESRCH, f"/proc/{pid}/maps", "the process ended, or runs another program now")
@@ -341,7 +347,7 @@ def _told(pagemap: Pagemap, mentioned: PageCategory) -> PageCategory:
     told = PageCategory(0)
     for category in PageCategory:
         try:
-            _check_is_set(category)
+            check_is_set(category)
             pagemap.scan(AddressRange(0, page_size()), ScanQuery(report=category))
             told |= category
         except UnsupportedError:
@@ -350,8 +356,8 @@ def _told(pagemap: Pagemap, mentioned: PageCategory) -> PageCategory:
     return told
 
 
-def _check_is_set(category: PageCategory) -> None:
-    """The ioctl also accepts what this kernel never sets, as SOFT_DIRTY without CONFIG_MEM_SOFT_DIRTY."""
+def check_is_set(category: PageCategory) -> None:
+    """Refuse what this kernel never sets, which the ioctl takes: SOFT_DIRTY without CONFIG_MEM_SOFT_DIRTY."""
     result = probe()[Feature(f"category-{str(category.name).lower().replace('_', '-')}")]
     if probe().supports(Feature.PAGEMAP_SCAN) and result.state == "no":
         raise UnsupportedError.make(
@@ -440,14 +446,15 @@ def _json(report: _Report, *, regions: bool) -> Iterator[str]:
 
 
 class _Echo:
-    """Hands what csv writes back to the caller."""
+    """Hands what csv writes back to the caller, as a line."""
 
     def write(self, text: str) -> str:
-        return text
+        return text.removesuffix(csv.excel.lineterminator) + "\n"
 
 
 def _csv(report: _Report, *, regions: bool) -> Iterator[str]:
-    writer: Any = csv.writer(_Echo(), lineterminator="\n")
+    # Of what ends a line for whoever reads, Python up to 3.12 quotes only what ends one here: "\r" and "\n" both.
+    writer: Any = csv.writer(_Echo())
     yield writer.writerow(_REGION_FIELDS if regions else _MAPPING_FIELDS)
     for record in _records(report, regions=regions):
         yield writer.writerow(" ".join(value) if isinstance(value, tuple) else value for value in record.values())

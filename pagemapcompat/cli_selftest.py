@@ -5,8 +5,16 @@ from __future__ import annotations
 import argparse
 import mmap
 
-from pagemapcompat.cli_streams import EXIT_FAILED, EXIT_NONE_USABLE, EXIT_OK, put
-from pagemapcompat.errors import AccessError, PagemapCompatError, UnsupportedError
+from pagemapcompat.cli_streams import (
+    EXIT_BROKEN_PIPE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NONE_USABLE,
+    EXIT_OK,
+    EXIT_UNTOLD,
+    put,
+)
+from pagemapcompat.errors import AccessError, KernelError, PagemapCompatError, UnsupportedError
 from pagemapcompat.memory import page_size
 from pagemapcompat.probe import BACKEND_NAMES
 from pagemapcompat.tracker import DirtyTracker
@@ -14,9 +22,12 @@ from pagemapcompat.tracker import DirtyTracker
 PAGES = 64
 _EPILOG = f"""\
 exit status:
-  {EXIT_OK}   all passed
-  {EXIT_FAILED}   one failed
-  {EXIT_NONE_USABLE}  none works here
+  {EXIT_OK}    all passed
+  {EXIT_FAILED}    one failed
+  {EXIT_UNTOLD}    whether one works could not be found out, or not be written
+  {EXIT_NONE_USABLE}   none works here
+  {EXIT_INTERRUPTED}  interrupted (SIGINT)
+  {EXIT_BROKEN_PIPE}  nobody reads the output any more (SIGPIPE)
 """
 
 
@@ -34,20 +45,32 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(_arguments: argparse.Namespace) -> int:
     """Run it."""
-    passed = failed = 0
+    passed = failed = untold = 0
     lines = []
     for name in BACKEND_NAMES:
         try:
             tracker = DirtyTracker(name)
         except (UnsupportedError, AccessError) as error:
-            lines.append(f"{name}: not usable: {error}{f' (hint: {error.hint})' if error.hint else ''}\n")
+            lines.append(f"{name}: not usable: {_with_hint(error)}\n")
+            continue
+        except KernelError as error:
+            untold += 1
+            lines.append(f"{name}: not told: {_with_hint(error)}\n")
             continue
         wrong = _check(tracker)
         failed += wrong is not None
         passed += wrong is None
         lines.append(f"{name}: {f'FAILED: {wrong}' if wrong else 'passed'}\n")
     written = put(lines, "pagemapcompat selftest")
-    return EXIT_FAILED if failed else written if passed else EXIT_NONE_USABLE
+    if failed:
+        return EXIT_FAILED
+    if untold or written == EXIT_FAILED:
+        return EXIT_UNTOLD
+    return written if passed else EXIT_NONE_USABLE
+
+
+def _with_hint(error: PagemapCompatError) -> str:
+    return f"{error} (hint: {error.hint})" if error.hint else str(error)
 
 
 def _check(tracker: DirtyTracker) -> str | None:

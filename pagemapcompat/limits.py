@@ -57,7 +57,7 @@ class Limits:
     huge_page_sizes: tuple[int, ...]
     transparent_hugepage: str | None
     unprivileged_userfaultfd: bool | None
-    capabilities: tuple[str, ...]
+    capabilities: tuple[str, ...] | None
     user_namespace: bool | None
     seccomp: str | None
     no_new_privs: bool | None
@@ -70,7 +70,7 @@ class Limits:
 def read_limits() -> Limits:
     """Read them. Any thread may; changes nothing; well under a millisecond."""
     status = _status()
-    effective = int(status.get("CapEff", "0"), 16)
+    effective = status.get("CapEff")
     seccomp = status.get("Seccomp")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     uids = _text(Path("/proc/self/uid_map"))
@@ -81,7 +81,7 @@ def read_limits() -> Limits:
         huge_page_sizes=_huge_page_sizes(),
         transparent_hugepage=enabled.partition("[")[2].partition("]")[0] or None,
         unprivileged_userfaultfd=_switch(_text(Path("/proc/sys/vm/unprivileged_userfaultfd"))),
-        capabilities=tuple(name for number, name in _CAPABILITIES.items() if effective >> number & 1),
+        capabilities=_capabilities(int(effective, 16)) if effective else None,
         user_namespace=uids.split() != _EVERY_UID if uids else None,
         seccomp=_SECCOMP[int(seccomp)] if seccomp else None,
         no_new_privs=_switch(status.get("NoNewPrivs")),
@@ -90,6 +90,10 @@ def read_limits() -> Limits:
         max_map_count=_number(_text(Path("/proc/sys/vm/max_map_count"))),
         real_time_limit=real_time != "-1" if real_time else None,
     )
+
+
+def _capabilities(bits: int) -> tuple[str, ...]:
+    return tuple(name for number, name in _CAPABILITIES.items() if bits >> number & 1)
 
 
 def _huge_page_sizes() -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import contextlib
 import operator
 import os
 from errno import EACCES, EBADF, EBADMSG, EFAULT, EINVAL, EISDIR, ENOENT, ENOTTY, EOPNOTSUPP, EPERM, ESPIPE, ESRCH
+from pathlib import Path
 from struct import iter_unpack
 from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
@@ -50,11 +51,20 @@ _LOST_FILE_HINT = (
 
 
 def _mask(value: int) -> PageCategory:
+    value = _bits(value)
     if not 0 <= value < 1 << 64:
         raise InvalidArgumentError(f"{value:#x} is no mask of categories").with_hint(
             "masks have 64 bits; use PageCategory"
         )
     return PageCategory(value)
+
+
+def _bits(value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        error.add_note(f"hint: {value!r}: give PageCategory.PRESENT, or several joined by |")
+        raise
 
 
 @attrs.frozen(kw_only=True)
@@ -109,7 +119,8 @@ class ScanQuery:
         Raises:
             InvalidArgumentError: A bit that the proposal does not have.
         """
-        names = {"required": required, "anyof": anyof, "excluded": excluded, "returned": returned}
+        given = {"required": required, "anyof": anyof, "excluded": excluded, "returned": returned}
+        names = {name: _bits(value) for name, value in given.items()}
         for name, value in names.items():
             if not 0 <= value < 1 << len(_PROPOSAL):
                 raise InvalidArgumentError(f"{name}={value:#x} has bits that the proposal does not").with_hint(
@@ -205,7 +216,7 @@ class Pagemap:
 
     The descriptor stays with the memory it was opened on: after an exec or the end of the process it answers nothing
     (TargetGoneError), never for whoever has its pid next. Which process a pid means is settled once, here; `from_pidfd`
-    leaves no doubt. Any thread may use it.
+    leaves no doubt. Any thread may use it. In a forked child "self" is another process: make a new one there.
 
     Args:
         pid: A process id, or "self".
@@ -220,7 +231,7 @@ class Pagemap:
         self._files: _Files | None = None
         if pid != "self" and (isinstance(pid, bool) or not isinstance(pid, int) or pid <= 0):
             raise InvalidArgumentError(f"{pid!r} is not a process id").with_hint('give a positive number, or "self"')
-        self._own = pid in ("self", os.getpid())
+        self._owner = os.getpid() if _is_own(pid) else None
         self.pid = pid
         files = _Files()
         try:
@@ -275,7 +286,15 @@ class Pagemap:
         files = self._files
         if files is None:
             raise ClosedError(f"the pagemap of {self.pid} is closed").with_hint("open another one")
+        if self.pid == "self" and not self._own:
+            raise ClosedError(
+                f"this is the pagemap of process {self._owner}, which process {os.getpid()} was forked from"
+            ).with_hint("open another one in the child, or the parent's by its pid")
         return files
+
+    @property
+    def _own(self) -> bool:
+        return self._owner == os.getpid()
 
     def _open(self, name: str, process: int | None) -> int:
         """Open a file in the directory of the process, or with None the directory in which it is to be."""
@@ -458,6 +477,16 @@ class Pagemap:
         return words
 
 
+def _is_own(pid: int | str) -> bool:
+    # /proc may be that of another pid namespace, in which a process has another pid.
+    if pid == "self":
+        return True
+    try:
+        return str(Path("/proc/self").readlink()) == str(pid)
+    except OSError:
+        return False
+
+
 def _no_memory(pid: int | str, operation: str) -> TargetGoneError:
     return TargetGoneError.make(
         ESRCH,
@@ -468,7 +497,9 @@ def _no_memory(pid: int | str, operation: str) -> TargetGoneError:
 
 
 def _beyond(asked: AddressRange) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{asked} is not in the user's address space").with_hint("see /proc/PID/maps")
+    return InvalidArgumentError(f"{asked} is not in the user's address space").with_hint(
+        "end it where the last mapping of /proc/PID/maps ends"
+    )
 
 
 def check_max_pages(max_pages: int | None) -> int:

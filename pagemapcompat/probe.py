@@ -11,7 +11,7 @@ from errno import EACCES, EAGAIN, EFBIG, EMFILE, ENFILE, ENOMEM, EOPNOTSUPP, EPE
 import attrs
 
 from pagemapcompat.abi import Feature
-from pagemapcompat.errors import AccessError, InvalidArgumentError, UnsupportedError
+from pagemapcompat.errors import AccessError, InvalidArgumentError, KernelError, UnsupportedError
 from pagemapcompat.laboratory import Answer, Laboratory, State, Trial
 from pagemapcompat.limits import Limits, read_limits
 from pagemapcompat.trials import TRIALS
@@ -25,7 +25,7 @@ _HINTS = {
     ENFILE: "raise sysctl fs.file-max and ask again",
     ENOMEM: "raise ulimit -v, or give it more memory, and ask again",
     EAGAIN: "raise ulimit -u and ask again",
-    EFBIG: "raise ulimit -f and ask again",
+    EFBIG: "raise ulimit -f, and ask again by probe(refresh=True)",
     EPERM: "a seccomp profile that allows the call",
     EACCES: "a seccomp profile, or a security module, that allows the call",
 }
@@ -102,12 +102,15 @@ class FeatureReport(Mapping[Feature, ProbeResult]):
         Raises:
             AccessError: It is denied.
 
-            UnsupportedError: It is not there, disabled, or unknown.
+            UnsupportedError: It is not there, or disabled.
+
+            KernelError: It is unknown.
         """
+        kinds: dict[str, type[KernelError]] = {"denied": AccessError, "unknown": KernelError}
         for feature in features:
             result = self[feature]
             if not result:
-                kind = AccessError if result.state == "denied" else UnsupportedError
+                kind = kinds.get(result.state, UnsupportedError)
                 raise kind.make(result.errno or EOPNOTSUPP, feature.value, result.detail, hint=result.hint)
 
     def with_result(self, result: ProbeResult) -> FeatureReport:

@@ -61,6 +61,8 @@ def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[
         TypeError: *require* is no Guarantee.
 
         AccessError, UnsupportedError: None works, or none gives *require*. The message has every reason.
+
+        KernelError: Whether one works could not be found out, for lack of descriptors or memory.
     """
     if not isinstance(require, Guarantee):
         error = TypeError(f"require={require!r} is no Guarantee")

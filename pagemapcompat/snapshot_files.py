@@ -18,6 +18,7 @@ holds, reading it ends with a snapshot or an error, and memory is allocated only
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import stat
 from contextlib import contextmanager, suppress
@@ -73,7 +74,7 @@ def write(
     path: StrPath, image: _kernel.ImageHandle, where: AddressRange, length: int, compression: Compression | None
 ) -> None:
     """See `Snapshot.save`. In bounded memory, beside 24 bytes a run."""
-    if compression not in {None, "zstd"}:
+    if compression not in (None, "zstd"):
         raise InvalidArgumentError(f"compression {compression!r} is not known").with_hint('give "zstd", or None')
     if length >= _LENGTH_END:
         raise InvalidArgumentError(f"{length} bytes of memory are too long for a file").with_hint(
@@ -86,11 +87,16 @@ def write(
     if compression:
         content = _deflated(_zstandard(), content)
     digest = hashlib.sha256()
-    with _replacing(os.fsdecode(path)) as file:
-        for chunk in chain((header,), _table(runs), content):
-            digest.update(chunk)
-            file.write(chunk)
-        file.write(digest.digest())
+    path = os.fsdecode(path)
+    try:
+        with _replacing(path) as file:
+            for chunk in chain((header,), _table(runs), content):
+                digest.update(chunk)
+                file.write(chunk)
+            file.write(digest.digest())
+    except OSError as error:
+        # It knows the temporary file alone, or none.
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _table(runs: _kernel.Result) -> Iterator[bytes]:
@@ -140,6 +146,11 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
 def read(path: StrPath, max_bytes: int | None) -> Loaded:
     """See `Snapshot.load`."""
     path = os.fsdecode(path)
+    try:
+        max_bytes = None if max_bytes is None else operator.index(max_bytes)
+    except TypeError as error:
+        error.add_note(f"hint: max_bytes={max_bytes!r}: give a whole number of bytes, or None for all")
+        raise
     # Without O_NONBLOCK, opening a FIFO waits for its writer.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
         status = os.fstat(file.fileno())

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def _check(snapshot: Snapshot) -> Snapshot:
+def checked(snapshot: Snapshot) -> Snapshot:
+    """The same, if it is one."""
     if isinstance(snapshot, Snapshot):
         return snapshot
     error = TypeError(f"{type(snapshot).__name__} is no snapshot")
@@ -122,7 +123,7 @@ class Snapshot:
 
         Cost: what differs, not what there is.
         """
-        _check(other).check_fits(len(self))
+        checked(other).check_fits(len(self))
         return self._result(_kernel.image_diff(self.image, other.image, self.range.start))
 
     def missing(self) -> ScanResult:
@@ -162,7 +163,7 @@ class Snapshot:
         Only a crash, or SIGKILL, leaves a temporary file behind, `.pagemapcompat-*` in the same folder.
 
         Args:
-            path: Where. Needs room in the same folder for a second file.
+            path: Where: in a folder that may be read and written, and has room for a second file.
 
             compression: "zstd", by the package zstandard (the extra `zstd`), or None.
 
@@ -205,7 +206,8 @@ class Snapshot:
         return cls(loaded.image, loaded.where, loaded.length)
 
     def check_fits(self, length: int) -> None:
-        """Refuse to be compared with, or restored into, memory of another size."""
+        """Refuse to be compared with, or restored into, memory of another size, and at all if it was dropped."""
+        self.image  # noqa: B018 - raises
         if length != self._length:
             raise InvalidArgumentError(f"a snapshot of {self._length} bytes does not fit {length} bytes").with_hint(
                 "snapshots fit memory of the same length"
@@ -262,7 +264,7 @@ class History:
 
     def restore(self, snapshot: Snapshot, *, verify: bool) -> ScanResult:
         """See `TrackedRange.restore`."""
-        _check(snapshot).check_fits(self._attached.length)
+        checked(snapshot).check_fits(self._attached.length)
         image = snapshot.image
         return self._in_turn(lambda on: self._restore(on, snapshot, image, verify=verify))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import resource
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from errno import EFBIG, EINVAL, ENOENT
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from errno import EACCES, EFBIG, EINVAL, EISDIR, ENOENT, ENOTDIR, EOPNOTSUPP, EPERM, EROFS
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,10 @@ def _shared_file() -> Iterator[int]:
         yield at
 
 
+_NOT_HERE = {ENOENT, ENOTDIR, EISDIR, EACCES, EPERM, EROFS, EOPNOTSUPP}
+"""What it means that a folder, or its file system, is not for files without a name."""
+
+
 class _NowhereError(OSError):
     """There is no place to try in."""
 
@@ -92,16 +96,21 @@ def _scratch_file() -> Iterator[int]:
 
 
 def _unlisted_file() -> int:
+    reason: OSError = _NowhereError(ENOENT, "neither /var/tmp nor TMPDIR is a folder on a disk that takes O_TMPFILE")
     for folder in ("/var/tmp", os.environ.get("TMPDIR", "/tmp")):  # noqa: S108 - no name is ever in it
-        with suppress(OSError):
+        try:
             fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
             try:
                 _check_on_disk(fd)
             except OSError:
                 os.close(fd)
                 raise
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                reason = error
+        else:
             return fd
-    raise _NowhereError(ENOENT, "neither /var/tmp nor TMPDIR is a folder on a disk that takes O_TMPFILE")
+    raise reason
 
 
 def _check_on_disk(fd: int) -> None:

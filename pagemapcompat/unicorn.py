@@ -20,6 +20,7 @@ import mmap
 import operator
 import weakref
 from bisect import bisect_right
+from numbers import Integral
 from typing import TYPE_CHECKING, Self, SupportsIndex
 
 import attrs
@@ -32,6 +33,7 @@ from pagemapcompat.errors import (
     PagemapCompatError,
 )
 from pagemapcompat.memory import Memory, PinnedMemory, pin
+from pagemapcompat.snapshots import checked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -139,9 +141,10 @@ class TrackedGuest:
         Nothing is mapped or tracked after an error. Cost: that of `DirtyTracker.track`.
         """
         address = operator.index(address)
-        if isinstance(memory, int):
-            self._check(address, memory, perms)
-            memory = mmap.mmap(-1, memory, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if isinstance(memory, int | Integral):  # numpy's are no int
+            length = operator.index(memory)
+            self._check(address, length, perms)
+            memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pinned = pin(memory, writable=True)
         try:
             self._check(address, pinned.length, perms)
@@ -276,6 +279,12 @@ class TrackedGuest:
 
     def write_back(self, memory: Mapping[int, Snapshot], *, verify: bool = False) -> dict[int, ScanResult]:
         """Restore some of its regions, and not the CPU, from snapshots of the same lengths. Else as `restore`."""
+        if isinstance(memory, GuestState):
+            error = TypeError("a GuestState is more than memory")
+            error.add_note("hint: give its memory; restore() also brings the CPU back")
+            raise error
+        for address, snapshot in memory.items():
+            checked(snapshot).check_fits(len(self._range(address)))
         try:
             written = {
                 address: self._range(address).restore(snapshot, verify=verify) for address, snapshot in memory.items()

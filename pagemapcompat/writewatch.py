@@ -387,6 +387,7 @@ class WriteWatch:
         Cost: one mprotect; where empty pages cannot carry a mark also 1.5 us for each page that was unreadable.
         """
         memory = self._pages(base, size)
+        protection = _protection(protection)
         self._check_open()
         with self._lock:
             if not self._empty_carry_marks:
@@ -518,11 +519,12 @@ class WriteWatch:
 
     def _asked(self, base: int | None, size: int | None) -> AddressRange:
         base = self.base if base is None else operator.index(base)
-        size = self.base + self.size - base if size is None else operator.index(size)
-        asked = self._inside(base, size)
+        length = self.base + self.size - base if size is None else operator.index(size)
+        asked = self._inside(base, length)
         if asked is None:
+            given = f"base={base:#x}" if size is None else f"size={length} at {base:#x}"
             raise InvalidArgumentError(
-                f"size={size} at {base:#x} is not wholly in the {self.size} bytes watched at {self.base:#x}"
+                f"{given} is not wholly in the {self.size} bytes watched at {self.base:#x}"
             ).with_hint("give at least one byte, by the guest's addresses")
         return asked
 
@@ -605,10 +607,10 @@ def _runs(addresses: Iterable[int]) -> memoryview[int]:
     return memoryview(words).toreadonly()
 
 
-def _check(rc: int, operation: str, memory: AddressRange) -> None:
+def _check(rc: int, operation: str, memory: AddressRange, asked: str = "") -> None:
     if rc:
         hint = _HINTS.get((operation, -rc))
-        raise KernelError.make(-rc, operation, os.strerror(-rc), range=memory, hint=hint)
+        raise KernelError.make(-rc, operation, asked + os.strerror(-rc), range=memory, hint=hint)
 
 
 def _all_mappings(memory: AddressRange) -> list[Mapping]:
@@ -628,8 +630,22 @@ def _all_mappings(memory: AddressRange) -> list[Mapping]:
     return found
 
 
+def _protection(value: int) -> int:
+    # Machines have protections of their own, so that which there are is the kernel's to say.
+    hint = "or together mmap.PROT_READ, PROT_WRITE and PROT_EXEC; or give 0"
+    try:
+        protection = operator.index(value)
+    except TypeError as error:
+        error.add_note(f"hint: protection={value!r}: {hint}")
+        raise
+    if not 0 <= protection < 1 << 31:
+        raise InvalidArgumentError(f"protection={protection:#x} is none of mprotect(2)").with_hint(hint)
+    return protection
+
+
 def _protect(memory: AddressRange, protection: int) -> None:
-    _check(_kernel.mprotect(memory.start, memory.end, protection), "mprotect", memory)
+    rc = _kernel.mprotect(memory.start, memory.end, protection)
+    _check(rc, "mprotect", memory, f"protection={protection:#x}: ")
 
 
 def _discard(memory: AddressRange, *, shared: bool) -> None:

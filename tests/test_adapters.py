@@ -77,6 +77,7 @@ from pagemapcompat import (
     MissingPackageError,
     NotTrackableError,
     RestoreError,
+    Snapshot,
 )
 from pagemapcompat.unicorn import GuestState, TrackedGuest
 
@@ -259,8 +260,23 @@ def test_what_the_memory_of_another_guest_held(tracker: DirtyTracker) -> None:
     assert pages(one.write_back(other.snapshot().memory)[RAM]) >= {0}
     assert call(one, RAM) == 11
     assert one.uc.reg_read(UC_X86_REG_RCX) == 13
+    # Whatever is wrong is found before anything is written back.
+    state, small = one.snapshot(), other.snapshot().memory[RAM]
+    one.uc.mem_write(RAM, answering(14))
+    for memory in ({RAM: state.memory[RAM], 3 * RAM: small}, {RAM: state.memory[RAM], 2 * RAM: part_of(tracker)}):
+        with pytest.raises(InvalidArgumentError, match=r"no region of this guest begins at 0x60000000|does not fit"):
+            one.write_back(memory)
+    with pytest.raises(TypeError) as caught:
+        one.write_back(state)  # type: ignore[arg-type]
+    assert "give its memory" in caught.value.__notes__[0]
+    assert one.uc.mem_read(RAM, len(answering(14))) == answering(14)
     with pytest.raises(InvalidArgumentError, match="no region of this guest begins at 0x40000000"):
-        other.write_back(one.snapshot().memory)
+        other.write_back(state.memory)
+
+
+def part_of(tracker: DirtyTracker) -> Snapshot:
+    """A snapshot of a single page."""
+    return tracker.track(private(1)).snapshot()
 
 
 # -- Translated code -------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from pagemapcompat import (
     Pagemap,
     PagemapCompatError,
     ScanQuery,
+    Snapshot,
     TargetGoneError,
     TrackedRange,
     UnsupportedError,
@@ -253,6 +254,7 @@ def test_wrong_types(bystander: Bystander) -> None:
     """A TypeError that says what to give, and nothing is taken or forgotten."""
     memory = private(4)
     ram = bystander.tracker.track(memory)
+    watch, pagemap = WriteWatch(ram), Pagemap()
     wrote = write(memory, 0, 2)
     calls: list[tuple[Callable[[], Any], str]] = [
         *((lambda operation=operation: operation(ram, "0"), "start='0'") for operation in OPERATIONS),
@@ -264,7 +266,11 @@ def test_wrong_types(bystander: Bystander) -> None:
         (lambda: bystander.tracker.track("memory"), "AddressRange"),  # type: ignore[arg-type]
         (lambda: WriteWatch(memory), "DirtyTracker.track()"),  # type: ignore[arg-type]
         (lambda: DirtyTracker(require="EXACT"), "Guarantee.EXACT"),  # type: ignore[arg-type]
-        (lambda: Pagemap().scan(memory, None), "ScanQuery"),  # type: ignore[arg-type]
+        (lambda: pagemap.scan(memory, None), "ScanQuery"),  # type: ignore[arg-type]
+        (lambda: ScanQuery(report="present"), "PageCategory.PRESENT"),  # type: ignore[arg-type]
+        (lambda: ScanQuery.from_proposal(1, "2", 0, 1), "'2'"),  # type: ignore[arg-type]
+        (lambda: Snapshot.load("nowhere", max_bytes="5"), "max_bytes='5'"),  # type: ignore[arg-type]
+        (lambda: watch.commit(watch.base, PAGE, "rw"), "protection='rw'"),  # type: ignore[arg-type]
     ]
     for call, wanted in calls:
         with pytest.raises(TypeError) as caught:
@@ -275,6 +281,7 @@ def test_wrong_types(bystander: Bystander) -> None:
     with pytest.raises(KeyError) as missing:
         probe().require("pagemap-scan")  # type: ignore[arg-type]
     assert "Feature('pagemap-scan')" in missing.value.__notes__[0]
+    pagemap.close()
     assert pages_of(ram.collect()) == wrote
     with pytest.raises(TypeError):
         ram.collect(max_pages=8 / 2)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from importlib.resources import files
@@ -15,10 +16,22 @@ from typing import Any
 
 import jsonschema
 import pytest
+from children import in_child
 from conftest import CHILD_SECONDS, lacking
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagemapcompat import DirtyTracker, Feature, Guarantee, KernelError, PageCategory, page_size
+from pagemapcompat import (
+    DirtyTracker,
+    Feature,
+    Guarantee,
+    KernelError,
+    PageCategory,
+    TargetGoneError,
+    cli_probe,
+    cli_scan,
+    page_size,
+    probe,
+)
 from pagemapcompat.cli_scan import is_kernel_thread
 from pagemapcompat.probe import BACKEND_NAMES
 
@@ -234,7 +247,7 @@ def test_require_names_what_is_missing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
     done = command("probe", "--require", "pagemap-scan", "EXACT", env=NOTHING_WORKS)
     assert done.returncode == 1
-    assert "no backend works" in done.stderr
+    assert "EXACT: none of pagemap-scan gives this; none of them works" in done.stderr
     disabled = {"PAGEMAPCOMPAT_DISABLE": "pagemap"}
     assert command("probe", "--quiet", "--require", "pagemap-uffd-wp", env=disabled).returncode == 3
     assert command("probe", "--quiet", "--require", "pagemap-uffd-wp", "pagemap", env=disabled).returncode == 1
@@ -247,7 +260,33 @@ def test_require_names_what_is_missing() -> None:
         lacking("uffd-wp", str(error), error.hint or "none")
     done = command("probe", "--require", "uffd-wp", "NO_HELPER_THREAD")
     assert done.returncode == 1
-    assert "NO_HELPER_THREAD: no backend gives this; " in done.stderr
+    assert "NO_HELPER_THREAD: none of uffd-wp gives this; uffd-wp gives " in done.stderr
+    assert "pagemap-scan" not in done.stderr
+
+
+def test_what_a_lack_of_descriptors_keeps_from_being_told() -> None:
+    """Is not missing: it may be there for whoever asks again."""
+    line = 'ulimit -n 6; exec "$@"'
+    for arguments in (
+        ["probe", "--quiet", "--require", "uffd-wp"],
+        ["probe", "--quiet", "--require", "EXACT"],
+        ["probe", "--quiet", "--require", "uffd-wp", "KERNEL_WRITES"],
+        ["selftest"],
+    ):
+        program = ["sh", "-c", line, "sh", sys.executable, "-m", "pagemapcompat", *arguments]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
+        assert done.returncode == 3, (arguments, done)
+
+
+def test_soft_dirty_is_tried_where_nobody_is_told_of_children() -> None:
+    """SIGCHLD may be ignored by whoever started this program."""
+
+    def check() -> None:
+        expected = cli_probe._soft_dirty()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        assert cli_probe._soft_dirty() == expected
+
+    in_child(check)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +295,7 @@ def test_require_names_what_is_missing() -> None:
         (["probe", "--require", "nonsense"], "nonsense"),
         (["probe", "--require"], "--require"),
         (["probe", "--format", "xml"], "xml"),
-        (["probe", "--pid", "0"], "--pid 0"),
+        (["probe", "--pid", "0"], "--pid: '0' is not a process id"),
         (["probe", "--pid", "me"], "me"),
         (["probe", "--pid", "1", "--format", "env"], "--pid prints text or json"),
         (["probe", "--pid", "1", "--require", "pagemap"], "without --list and --pid"),
@@ -295,11 +334,28 @@ def test_another_process() -> None:
     assert values["pid"] == child.pid
     assert values["answers"]["pagemap"]["state"] == "yes"
     known = {f"category-{str(category.name).lower().replace('_', '-')}" for category in PageCategory}
+    if probe().supports(Feature.PAGEMAP_SCAN):
+        for name in known:
+            assert values["answers"][name]["state"] == probe()[Feature(name)].state
     assert set(values["answers"]) == {"pagemap", "maps", "pfn"} | known
     assert all(name in text for name in values["answers"])
     done = command("probe", "--pid", str(child.pid))
     assert (done.returncode, done.stdout) == (4, "")
     assert str(child.pid) in done.stderr
+
+
+def test_a_process_that_ends_while_it_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is gone, and nothing is said of what can be told of it."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+
+        def ends(category: PageCategory, check: Any = cli_scan.check_is_set) -> None:
+            child.kill()
+            child.wait()
+            check(category)
+
+        monkeypatch.setattr(cli_scan, "check_is_set", ends)
+        with pytest.raises(TargetGoneError):
+            cli_probe.readable(child.pid)
 
 
 def test_a_process_that_is_not_ours() -> None:
@@ -362,7 +418,7 @@ def test_standard_output_may_be_closed(arguments: list[str]) -> None:
         if "--quiet" in arguments:
             assert (done.returncode, done.stderr) == (0, "")
         else:
-            assert done.returncode == (3 if arguments[0] == "probe" else 1)
+            assert done.returncode == 3
             assert len(done.stderr.splitlines()) == 1
 
 

@@ -293,6 +293,34 @@ def test_files(source: str, target: Target) -> None:
     assert scan(*asked).splitlines()[1].endswith(target.path.replace("\x1b", r"\x1b"))
 
 
+def test_a_name_with_a_carriage_return(tmp_path: Path) -> None:
+    """Ends no row."""
+    path = tmp_path / "a\rb"
+    path.write_bytes(bytes(PAGE))
+    code = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
+    with process(code, str(path)) as (child, _):
+        printed = subprocess.run(command(str(child.pid), "--format=csv"), stdout=subprocess.PIPE, check=True).stdout
+        rows = list(csv.DictReader(io.StringIO(printed.decode(), newline="")))
+        assert [row["path"] for row in rows] == [row["path"] for row in by_json(child.pid)["mappings"]]
+        assert str(path) in [row["path"] for row in rows]
+
+
+def test_itself_where_proc_is_of_another_pid_namespace() -> None:
+    """It has another pid there than it thinks; "self" is itself."""
+    unshared = ["unshare", "--pid", "--fork"]
+    try:
+        subprocess.run([*unshared, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        lacking("pid-namespace", f"unshare --pid: {error}", "run as root, with unshare (util-linux)")
+    for arguments in (command("self"), [*command()[:-1], "probe", "--pid", "self"]):
+        program = [*unshared, *arguments, "--format=json"]
+        done = subprocess.run(program, capture_output=True, timeout=CHILD_SECONDS, check=True)
+        report = json.loads(done.stdout)
+        assert report["pid"] == 1
+        if "mappings" in report:
+            assert os.path.realpath(sys.executable) in {row["path"] for row in report["mappings"]}
+
+
 def test_written_pages_of_tracked_memory(ioctl: None, target: Target) -> None:
     """They are counted where the memory is tracked; of other memory nobody knows, and it says so."""
     (row,) = by_json(target.pid, target.range("tracked"))["mappings"]

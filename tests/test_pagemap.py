@@ -294,11 +294,32 @@ def test_another_process(source: str, other: tuple[subprocess.Popen[str], Addres
                     pagemap.scan(memory, ScanQuery(all_of=category))
         assert child.stdin is not None
         child.stdin.close()
-        child.wait()
-        with pytest.raises(TargetGoneError):
-            list(pagemap.entries(memory))
-        with pytest.raises(TargetGoneError):
-            pagemap.scan(memory, PRESENT)
+        # A process that nobody has waited for still has a folder in /proc, and its maps are empty.
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        for reap in (lambda: None, child.wait):
+            reap()
+            with pytest.raises(TargetGoneError):
+                list(pagemap.entries(memory))
+            with pytest.raises(TargetGoneError):
+                pagemap.scan(memory, PRESENT)
+
+
+def test_our_own_in_a_forked_child(source: str) -> None:
+    """It is the parent's, and says so; one that was made by a pid goes on with that process."""
+
+    def check(own: Pagemap, parent: Pagemap) -> None:
+        write(memory, 1, 2)
+        with pytest.raises(ClosedError, match=f"process {os.getppid()}, which process {os.getpid()} was forked from"):
+            own.scan(memory, PRESENT)
+        assert pages_of(parent.scan(memory, PRESENT)) == {0}
+        with Pagemap() as new:
+            assert pages_of(new.scan(memory, PRESENT)) == {0, 1, 2}
+
+    memory = private(4)
+    write(memory, 0)
+    with Pagemap() as own, Pagemap(os.getpid()) as parent:
+        in_child(check, own, parent)
+        assert pages_of(own.scan(memory, PRESENT)) == {0}
 
 
 def test_from_a_pidfd(source: str, other: tuple[subprocess.Popen[str], AddressRange]) -> None:

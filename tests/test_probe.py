@@ -228,7 +228,7 @@ def test_with_few_descriptors_nothing_is_guessed() -> None:
     """What could not be tried is unknown, never "no"; nothing leaks; and once there is room, it is asked again."""
     run_child(
         """
-        import os, resource
+        import errno, os, resource
         from pagemapcompat import probe
         whole = {feature.value: result.state for feature, result in probe(refresh=True).items()}
         before = sorted(os.listdir("/proc/self/fd"))
@@ -236,10 +236,12 @@ def test_with_few_descriptors_nothing_is_guessed() -> None:
         used = len(before) - 1
         for room in range(8):
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, hard))
-            states = {feature.value: result.state for feature, result in probe(refresh=True).items()}
+            found = {feature.value: result for feature, result in probe(refresh=True).items()}
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            for name, state in states.items():
-                assert state in (whole[name], "unknown"), (room, name, state, whole[name])
+            for name, result in found.items():
+                assert result.state in (whole[name], "unknown"), (room, name, result, whole[name])
+                if result.state != whole[name] and result.errno is not None:
+                    assert result.errno == errno.EMFILE, (room, name, result)
             assert sorted(os.listdir("/proc/self/fd")) == before, room
             assert {feature.value: result.state for feature, result in probe().items()} == whole, room
         """

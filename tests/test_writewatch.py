@@ -563,9 +563,13 @@ def test_committing_among_discarded_and_foreign_mappings(
     assert [view[page * PAGE] for page in range(12)] == [0] * 12
     assert call(watch) == []
     libc.munmap(memory.start + 20 * PAGE, PAGE)
-    with pytest.raises(KernelError, match="mprotect") as caught:
+    with pytest.raises(KernelError, match="mprotect: protection=0x3") as caught:
         watch.commit(GUEST + 16 * PAGE, 8 * PAGE)
     assert "not mapped" in str(caught.value.hint)
+    with pytest.raises(InvalidArgumentError, match="protection=0x10000000000"):
+        watch.commit(GUEST, PAGE, 1 << 40)
+    with pytest.raises(InvalidArgumentError, match=f"base={GUEST + 99 * PAGE:#x} is not wholly"):
+        watch.get(GUEST + 99 * PAGE)
 
 
 def reservations(length: int, *backends: str) -> list[object]:

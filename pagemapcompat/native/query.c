@@ -157,12 +157,12 @@ static int query_words(int pagemap, int maps, const struct pm_scan_arg *arg, con
 int pmc_query(int pagemap, int maps, const struct pm_scan_arg *arg, const struct page_region *registered,
 	      uint64_t registered_count, int drop_empty, struct pmc_result *result)
 {
-	if (maps >= 0)
-		return query_words(pagemap, maps, arg, registered, registered_count, drop_empty, result);
 	uint32_t shift = pmc_page_shift();
 	uint64_t word;
-	int rc = query_kernel(pagemap, arg, drop_empty, result);
+	int rc = maps < 0 ? query_kernel(pagemap, arg, drop_empty, result) :
+			    query_words(pagemap, maps, arg, registered, registered_count, drop_empty, result);
 	// Of a process that has ended PAGEMAP_SCAN finds nothing, and no fault with it (seen on a build of 6.18.44;
-	// another one, and 6.12.117, look whether there is memory left). A read is at its end on every kernel.
+	// another one, and 6.12.117, look whether there is memory left); its maps list nothing. A read of its pagemap
+	// is at its end on every kernel.
 	return rc ? rc : pmc_words_read(pagemap, 0, 1, shift, shift, &word);
 }
