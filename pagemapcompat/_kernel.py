@@ -10,6 +10,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pagemapcompat._native import ffi, lib
+from pagemapcompat.errors import ClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,13 +64,26 @@ class CursorHandle(_Handle):
 class ImageHandle:
     """Owns a `struct pmc_image`, alone or not. It cannot be closed, and is good until the last user has gone."""
 
-    __slots__ = ("c", "out")
+    __slots__ = ("_owner", "out")
 
     def __init__(self) -> None:
+        self.out: Any = ffi.new("struct pmc_image **")
         # By a function in C: an interrupt in a destructor in Python is printed and lost, and the rest with it.
-        self.out: Any = ffi.gc(ffi.new("struct pmc_image **"), lib.pmc_image_put)
-        self.c: Any = _NULL
-        """What is in `out`, for calls."""
+        self._owner = ffi.gc(self.out, lib.pmc_image_put)
+
+    @property
+    def c(self) -> Any:  # noqa: ANN401 - a cdata
+        """What is in `out`, for calls.
+
+        Raises:
+            ClosedError: The garbage collector ended it, and a finalizer in the same reference cycle asks.
+        """
+        image = self.out[0]
+        if not image:
+            raise ClosedError("this snapshot ended with the reference cycle that it was part of").with_hint(
+                "a finalizer can rely on nothing that ends with its object: keep the snapshot elsewhere"
+            )
+        return image
 
 
 _NULL: Any = ffi.NULL
@@ -105,7 +119,7 @@ TELLABLE: int = lib.PMC_TELLABLE
 ENGAGE: int = lib.PMC_ENGAGE
 
 KEEP: int = lib.PMC_KEEP
-"""Regions, at most, of an answer whose memory is worth being kept to be used again."""
+"""Regions, at most, of an answer whose memory is kept to be used again."""
 
 MADV_POPULATE_READ: int = lib.PMC_MADV_POPULATE_READ
 MADV_GUARD_INSTALL: int = lib.PMC_MADV_GUARD_INSTALL
@@ -113,7 +127,7 @@ MAP_NORESERVE: int = lib.PMC_MAP_NORESERVE
 MAP_HUGETLB: int = lib.PMC_MAP_HUGETLB
 
 
-_gc = ffi.gc
+_gc: Any = ffi.gc
 _from_buffer = ffi.from_buffer
 _BYTES = ffi.typeof("unsigned char[]")
 _WRITABLE: Final = True
@@ -176,26 +190,46 @@ def new_result() -> Result:
     return result
 
 
-def new_answer(cursor: CursorHandle) -> Result:
-    """An empty one, for the calls that are about all of a cursor's range. The handle must outlive those calls."""
-    result = new_result()
-    result.cursor = cursor.out
+def new_request(cursor: CursorHandle) -> Result:
+    """One for calls about all of a cursor's range that bring no regions. The handle must outlive those calls."""
+    made: Any = _new_result(_RESULT)
+    made.cursor = cursor.out
+    result: Result = made
     return result
+
+
+def own(result: Result) -> object:
+    """What frees the regions of a plain result at its own end.
+
+    Beside the result, whose memory then stays as long as anybody has it: the collector ends an owner in a reference
+    cycle before finalizers in the same cycle have run, and these may still ask.
+    """
+    return _gc(result, _release_result)
 
 
 def restore_result(words: bytes, walk_end: int) -> Result:
     """The result that had these words: what unpickling needs."""
     result = new_result()
-    regions = ffi.from_buffer("struct page_region[]", words)
-    if lib.pmc_result_fill(result, regions, len(regions)):
-        raise MemoryError
+    fill(result, words)
     result.walk_end = walk_end
     return result
 
 
+def fill(result: Result, words: bytes) -> None:
+    """Append regions that ascend."""
+    regions = ffi.from_buffer("struct page_region[]", words)
+    if lib.pmc_result_fill(result, regions, len(regions)):
+        raise MemoryError
+
+
 def result_of(start: int, end: int) -> Result:
     """One region."""
-    return restore_result(_REGION.pack(start, end, lib.PAGE_IS_WRITTEN), end)
+    return restore_result(region(start, end), end)
+
+
+def region(start: int, end: int) -> bytes:
+    """The words of one."""
+    return _REGION.pack(start, end, lib.PAGE_IS_WRITTEN)
 
 
 def triples(result: Result) -> Iterator[tuple[int, int, int]]:
@@ -203,13 +237,16 @@ def triples(result: Result) -> Iterator[tuple[int, int, int]]:
     return _REGION.iter_unpack(words(result))
 
 
-def words(result: Result) -> memoryview:
-    """start, end and categories of every region in turn, as read-only 64-bit words. Copies nothing."""
+def words(result: Result, owner: object = None) -> memoryview:
+    """start, end and categories of every region in turn, as read-only 64-bit words. Copies nothing.
+
+    *owner*: of the regions, if it is not the result.
+    """
     if not result.count:
         return memoryview(b"").cast("Q")
     # A buffer keeps the pointer alive that it was made from, and this one keeps what owns the memory: by a method
     # in C, for an interrupt that strikes in a destructor in Python is printed and lost.
-    regions = _gc(result.regions, (result,).count)
+    regions = _gc(result.regions, (result if owner is None else owner,).count)
     return memoryview(ffi.buffer(regions, result.count * _REGION_SIZE)).cast("Q").toreadonly()
 
 
@@ -442,7 +479,7 @@ These are the C functions themselves: where memory is small, a call in between t
 reset: Callable[[Any, int, int, Result], int] = lib.pmc_reset
 """Protect, whatever was written: of a cursor, start and end. Says in *result* what failed."""
 peek_all: Callable[[Result], int] = lib.pmc_peek_all
-"""Peek at all of the range, without a limit: for the cursor whose `new_answer` it is."""
+"""Peek at all of the range, without a limit: for the cursor whose `new_request` it is."""
 collect_all: Callable[[Result], int] = lib.pmc_collect_all
 """Likewise collect."""
 reset_all: Callable[[Result], int] = lib.pmc_reset_all
@@ -482,7 +519,6 @@ def image_create(pages: int) -> ImageHandle:
     handle = ImageHandle()
     if lib.pmc_image_create(handle.out, _NULL, pages):
         raise MemoryError
-    handle.c = handle.out[0]
     return handle
 
 
@@ -491,7 +527,6 @@ def image_next(base: ImageHandle) -> ImageHandle:
     handle = ImageHandle()
     if lib.pmc_image_next(handle.out, base.c):
         raise MemoryError
-    handle.c = handle.out[0]
     return handle
 
 
@@ -499,7 +534,6 @@ def image_share(image: ImageHandle) -> ImageHandle:
     """Another owner of the same image."""
     handle = ImageHandle()
     lib.pmc_image_share(handle.out, image.c)
-    handle.c = handle.out[0]
     return handle
 
 

@@ -8,6 +8,7 @@ opposite.
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from errno import EACCES, EBUSY, EDEADLK, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, ESRCH
 from sys import getrefcount
@@ -75,13 +76,16 @@ class BackendStatistics:
     owed_pages: int
 
 
-_TAKEN: Final = ScanResult(_kernel.new_result(), AddressRange(0, 0), 0, 0)
-"""Stands for an answer that somebody has."""
+_NO_ANSWER: Final = ScanResult(_kernel.new_result(), AddressRange(0, 0), 0, 0)
+"""Where there is none: like one that somebody has, it is never used again."""
 
 
 @attrs.define(kw_only=True, eq=False)
 class Attached:
-    """A range that a backend watches, as seen by one of its cursors."""
+    """A range that a backend watches, as seen by one of its cursors. Each is itself, whatever it is equal to.
+
+    Only *spare*, *last* and *scratch* change.
+    """
 
     handle: _kernel.RangeHandle
     cursor: _kernel.CursorHandle
@@ -92,17 +96,17 @@ class Attached:
     length: int
     """In bytes, as the owner of the memory sees it."""
     guarantees: Guarantee
-    spare: ScanResult = attrs.field(default=_TAKEN, init=False, repr=False)
+    spare: ScanResult = attrs.field(default=_NO_ANSWER, init=False, repr=False)
     """The answer before the last one, to be used again if its owner has let it go."""
-    last: ScanResult = attrs.field(default=_TAKEN, init=False, repr=False)
+    last: ScanResult = attrs.field(default=_NO_ANSWER, init=False, repr=False)
     """The last answer, which who asks again and again still has meanwhile."""
     scratch: list[_kernel.Result] = attrs.field(factory=list, init=False, repr=False)
     """For what is no answer, and leaves nobody with it."""
 
     def new_answer(self) -> ScanResult:
         """One to be filled, in the place of one that somebody has."""
-        self.last = answer = ScanResult(_kernel.new_answer(self.cursor), self.range, self.start, self.length)
-        return answer
+        result = _kernel.new_request(self.cursor)
+        return ScanResult(result, self.range, self.start, self.length, _kernel.own(result))
 
 
 _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
@@ -122,7 +126,7 @@ _ABILITIES: Final[Mapping[Feature, int]] = MappingProxyType(
 
 _ENGAGE: Final = _kernel.ENGAGE
 _ALONE = 0
-"""What getrefcount() says in `Backend.scan` of the last answer if nobody else has it; 0: nobody knows."""
+"""What getrefcount() says in `Backend.scan` of an answer that nobody else has; 0: nobody knows."""
 
 
 class Backend:
@@ -320,10 +324,10 @@ class Backend:
         # flushed this CPU's TLB, and each page that is touched from then on, of code too, takes long the first time.
         answer = on.spare
         on.spare = on.last
-        on.last = answer
-        # Whoever else comes to have it now makes one reference more, and finds that it is taken.
+        # Only while it is in neither place does the count say who else has it, whatever comes in between.
         if getrefcount(answer) != _ALONE or (answer._words is not None and answer._is_viewed()):  # noqa: SLF001 - its friend
             answer = on.new_answer()
+        on.last = answer
         answer.range = asked
         result = answer._result  # noqa: SLF001 - its friend
         try:
@@ -332,8 +336,8 @@ class Backend:
             else:
                 rc = _kernel.scan(on.cursor.c, asked.start, asked.end, max_pages, flags, result)
             # CPython looks for signals when a function begins, when one in C has returned, and in loops. None of these
-            # is between here and the caller, nor between an interrupt and the owe() below: pages are always delivered
-            # or given back, even where somebody keeps the interrupt, its traceback and this frame.
+            # is between here and the caller, if there is no error, nor between an interrupt and the owe() below: pages
+            # are always delivered or given back, even where somebody keeps the interrupt, its traceback and this frame.
             if not rc:
                 return answer
             if rc < 0:
@@ -343,26 +347,26 @@ class Backend:
                 error.collected = answer
             elif flags:  # that of a signal handler, which collected too
                 _kernel.owe(on.cursor.c, result)
-            on.last = _TAKEN
+            on.last = _NO_ANSWER
             raise
         except BaseException:
             if flags:
                 _kernel.owe(on.cursor.c, result)
-            on.last = _TAKEN
+            on.last = _NO_ANSWER
             raise
-        on.last = _TAKEN
+        on.last = _NO_ANSWER  # it is large
         return answer
 
     def take(self, on: Attached, pages: _kernel.Result) -> None:
         """ENGAGE_WP + GET of all of it, into *pages*, which the caller delivers or gives back, on errors too."""
-        rc = _kernel.scan(on.cursor.c, on.start, on.range.end, 0, _ENGAGE, pages)
+        rc = _kernel.scan(on.cursor.c, on.range.start, on.range.end, 0, _ENGAGE, pages)
         if rc < 0 or pages.walk_end < on.range.end:
             self._fail(-rc if rc < 0 else ENOMEM, _kernel.operation(pages), on.range, pages)
 
     def written(self, on: Attached) -> _kernel.Result:
         """GET of all of it."""
         result = _kernel.new_result()
-        rc = _kernel.scan(on.cursor.c, on.start, on.range.end, 0, 0, result)
+        rc = _kernel.scan(on.cursor.c, on.range.start, on.range.end, 0, 0, result)
         if rc < 0 or result.walk_end < on.range.end:
             self._fail(-rc if rc < 0 else ENOMEM, _kernel.operation(result), on.range)
         return result
@@ -403,7 +407,7 @@ class Backend:
         try:
             result = on.scratch.pop()
         except IndexError:
-            result = _kernel.new_answer(on.cursor)
+            result = _kernel.new_request(on.cursor)
         if asked is on.range:
             rc = _kernel.reset_all(result)
         else:
@@ -509,9 +513,9 @@ _LOST_FILE_HINT = (
 
 
 def _calibrate() -> None:
-    """Find out what `_ALONE` is by calling `scan` itself: it depends on how this Python compiles that function.
+    """Find out by calling `scan` itself whether `_ALONE` is what it is to be: a local, and before 3.14 an argument.
 
-    If neither 2 nor 3 fits, as under a debugger that holds references, it stays 0, and no answer is used again.
+    If it does not fit, as under a debugger that holds references, it stays 0, and no answer is used again.
     """
     global _ALONE  # noqa: PLW0603 - so that to ask costs no more than to look up a name
     nobody, nowhere, old, new = Backend.__new__(Backend), AddressRange(0, 0), 1, 2
@@ -523,20 +527,18 @@ def _calibrate() -> None:
         length=0,
         guarantees=Guarantee(0),
     )
-    held = []
-    for _ALONE in (2, 3):
-        found = []
-        for is_held in (True, False):
-            closed.spare = ScanResult(_kernel.new_answer(closed.cursor), nowhere, old, 0)
-            if is_held:
-                held.append(closed.spare)
-            try:
-                nobody.scan(closed, nowhere, 0, _ENGAGE)
-            except ClosedError as error:
-                found.append(error.collected._base if error.collected is not None else 0)  # noqa: SLF001 - made here
-        if found == [new, old]:
-            return
-    _ALONE = 0
+    _ALONE = 1 if sys.version_info >= (3, 14) else 2
+    held, found = [], []
+    for is_held in (True, False):
+        closed.spare = ScanResult(_kernel.new_request(closed.cursor), nowhere, old, 0)
+        if is_held:
+            held.append(closed.spare)
+        try:
+            nobody.scan(closed, nowhere, 0, _ENGAGE)
+        except ClosedError as error:
+            found.append(error.collected._base if error.collected is not None else 0)  # noqa: SLF001 - made here
+    if found != [new, old]:
+        _ALONE = 0
 
 
 _calibrate()

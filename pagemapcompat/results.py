@@ -67,10 +67,13 @@ class ScanResult(Sequence[PageRegion]):
         range: What was asked about.
     """
 
-    __slots__ = ("_base", "_length", "_result", "_words", "range")
+    __slots__ = ("_base", "_length", "_owner", "_result", "_words", "range")
 
-    def __init__(self, result: _kernel.Result, asked: AddressRange, base: int, length: int) -> None:
+    def __init__(
+        self, result: _kernel.Result, asked: AddressRange, base: int, length: int, owner: object = None
+    ) -> None:
         self._result = result
+        self._owner = result if owner is None else owner  # of its regions
         self._base = base
         self._length = length
         self._words: memoryview | None = None  # which all views are views of; None: there is none
@@ -189,20 +192,20 @@ class ScanResult(Sequence[PageRegion]):
         words = self._words
         if words is None:
             # The first time; from then on it costs no more than a view of a view, which is the caller's to release.
-            words = self._words = _kernel.words(self._result)
+            words = self._words = _kernel.words(self._result, self._owner)
         return memoryview(words)
 
     def _is_viewed(self) -> bool:
-        """Whether anybody has a view of it. Ask only while nobody else has `_result`."""
-        self._words = None  # which is one too
+        """Whether anybody has a view of it, if it has an owner of its own. Ask only while nobody else has that."""
+        self._words = _SOME  # whatever comes in between; the view that was there is one too
         viewed = self._references() != _UNVIEWED
-        if viewed:
-            self._words = _SOME
+        if not viewed:
+            self._words = None
         return viewed
 
     def _references(self) -> int:
-        """To what C filled, as this Python counts them."""
-        return getrefcount(self._result)
+        """To what keeps the regions, as this Python counts them."""
+        return getrefcount(self._owner)
 
 
 _SOME = memoryview(b"").cast("Q")
@@ -215,12 +218,19 @@ def _calibrate() -> None:
     """Find out, of one that has a view and one that has none. If neither 1 nor 2 tells them apart, it stays 0."""
     global _UNVIEWED  # noqa: PLW0603 - so that to ask costs no more than to look up a name
     for _UNVIEWED in (1, 2):
-        viewed, released = (ScanResult(_kernel.result_of(0, 1), AddressRange(0, 0), 0, 0) for _ in range(2))
+        viewed, released = (_answer_of(_kernel.region(0, 1)) for _ in range(2))
         released.as_u64()
         with viewed.as_u64():
             if viewed._is_viewed() and not released._is_viewed():  # noqa: SLF001 - made here
                 return
     _UNVIEWED = 0
+
+
+def _answer_of(words: bytes) -> ScanResult:
+    result = _kernel.new_request(_kernel.CursorHandle("struct pmc_cursor **"))
+    answer = ScanResult(result, AddressRange(0, 0), 0, 0, _kernel.own(result))
+    _kernel.fill(result, words)
+    return answer
 
 
 _calibrate()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import mmap
 import random
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 
 import pytest
 from children import Crew, Mirror, in_child, memory_of, resources
@@ -238,16 +241,16 @@ def test_a_reader_that_stops_reading_costs_one_bit_a_page(tracker: DirtyTracker)
 def test_an_answer_that_nobody_has_is_filled_again(tracker: DirtyTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks again and again makes no new memory, also if the last answer, or a view of it, is kept till then."""
     made = 0
-    new_result = _kernel.new_result
+    new_request = _kernel.new_request
 
-    def counted() -> _kernel.Result:
+    def counted(cursor: _kernel.CursorHandle) -> _kernel.Result:
         nonlocal made
         made += 1
-        return new_result()
+        return new_request(cursor)
 
     memory = private(8)
     ram = tracker.track(memory)
-    monkeypatch.setattr(_kernel, "new_result", counted)
+    monkeypatch.setattr(_kernel, "new_request", counted)
     for _ in range(20):
         write(memory, 1, 3)
         answer = ram.collect()
@@ -294,11 +297,13 @@ def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> 
     """One that looks at local variables holds what is in them (before Python 3.13): also while it is found out how."""
     memory = private(8)
     ram = tracker.track(memory)
-    sys.setprofile(lambda frame, *_: frame.f_locals and None)
+    copies = []
+    sys.setprofile(lambda frame, *_: copies.append(dict(frame.f_locals)))
     try:
         backends._calibrate()
     finally:
         sys.setprofile(None)
+    copies.clear()
     try:
         for page in range(4):
             wrote = write(memory, page)
@@ -306,6 +311,101 @@ def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> 
             assert pages_of(kept) == wrote
     finally:
         backends._calibrate()
+
+
+def test_others_ask_while_it_is_found_out_who_has_an_answer(tracker: DirtyTracker) -> None:
+    """As a profiler that asks too makes them, or that has another thread run: nobody's answer is filled again."""
+    memory = private(8)
+    ram = tracker.track(memory)
+
+    def asks(_frame: object, event: str, called: object) -> None:
+        if event == "c_call" and called is sys.getrefcount:
+            sys.setprofile(None)
+            for page in (6, 7):
+                write(memory, page)
+                ram.collect()
+
+    for _ in range(6):
+        kept = []
+        for page in range(3):
+            wrote = write(memory, page)
+            sys.setprofile(asks if page == 2 else None)
+            answer = ram.collect()
+            sys.setprofile(None)
+            kept.append((answer, wrote))
+        for answer, wrote in kept[:2]:
+            assert pages_of(answer) == wrote
+        assert pages_of(kept[2][0]) <= {2, 6, 7}
+
+
+def test_an_interrupt_while_it_is_found_out_who_has_a_view(tracker: DirtyTracker) -> None:
+    """Leaves the view to whoever has it."""
+
+    class Interrupt(BaseException):
+        """Stands for KeyboardInterrupt."""
+
+    def strikes(frame: FrameType, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code.co_name == "_references":
+            sys.setprofile(None)
+            raise Interrupt
+
+    memory = private(8)
+    ram = tracker.track(memory)
+    write(memory, 0)
+    view = ram.collect().as_u64()
+    content = view.tolist()
+    ram.collect()
+    sys.setprofile(strikes)
+    try:
+        with pytest.raises(Interrupt):
+            ram.collect()
+    finally:
+        sys.setprofile(None)
+    for page in range(1, 6):
+        write(memory, page)
+        ram.collect()
+        assert view.tolist() == content
+
+
+@pytest.mark.parametrize("name", ["peek", "collect", "reset", "snapshot", "granularity", "held", "read", "drop"])
+def test_a_finalizer_in_the_same_reference_cycle(flavour: Flavour, name: str) -> None:
+    """The collector ends what is in a cycle in any order: who asks then is told, or answered, and nothing crashes."""
+
+    class Node:
+        """Asks at its end."""
+
+        def __init__(self, *objects: object) -> None:
+            self.objects = objects
+            self.itself = self
+
+        def __del__(self) -> None:
+            for one in self.objects:
+                with contextlib.suppress(ClosedError):
+                    call = getattr(one, name, None)
+                    outcomes.append(call() if callable(call) else call)
+                    continue
+                outcomes.append(ClosedError)
+
+    outcomes: list[object] = []
+
+    def check() -> None:
+        for _ in range(20):
+            with flavour.tracker() as tracker:
+                memory = private(16)
+                ram = tracker.track(memory)
+                cursor, snapshot = ram.cursor(), ram.snapshot()
+                for _ in range(2):
+                    write(memory, 1)
+                    cursor.collect()
+                    ram.collect()
+                    cursor.reset()
+                Node(cursor, ram, snapshot)
+                Node(ram, cursor)
+                del ram, cursor, snapshot
+                gc.collect()
+        assert len(outcomes) == 20 * 5
+
+    in_child(check)
 
 
 @pytest.mark.anywhere

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -300,6 +301,23 @@ def test_another_process(source: str, other: tuple[subprocess.Popen[str], Addres
             reap()
             with pytest.raises(TargetGoneError):
                 list(pagemap.entries(memory))
+            with pytest.raises(TargetGoneError):
+                pagemap.scan(memory, PRESENT)
+
+
+def test_a_process_that_runs_another_program(source: str) -> None:
+    """What was asked about is gone with the old one."""
+    code = "import os; os.write(1, b'\\n'); os.read(0, 3); os.execvp('cat', ['cat'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, bufsize=0) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        with Pagemap(child.pid) as pagemap:
+            mapped = Path(f"/proc/{child.pid}/maps").read_text(encoding="utf-8").split(maxsplit=1)[0]
+            memory = AddressRange(*(int(address, 16) for address in mapped.split("-")))
+            assert pagemap.scan(memory, PRESENT).pages
+            child.stdin.write(b"go\nanswer\n")
+            assert child.stdout.readline().endswith(b"answer\n")
             with pytest.raises(TargetGoneError):
                 pagemap.scan(memory, PRESENT)
 

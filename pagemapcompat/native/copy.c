@@ -396,11 +396,11 @@ static struct copier *copier_of(struct pmc_tracker *tracker)
 // Begins a job, under the tracker's mutex.
 static int begin(struct copier **ret, struct pmc_range *range, struct pmc_result *result)
 {
-	struct pmc_tracker *tracker = range->tracker;
 	struct sysinfo info;
 	int rc = pmc_enter_range(range);
 	if (rc)
 		return rc;
+	struct pmc_tracker *tracker = range->tracker;
 	tracker->operation = "mmap";
 	struct copier *copier = copier_of(tracker);
 	if (!copier)

@@ -163,7 +163,7 @@ void pmc_result_empty(struct pmc_result *result)
 void pmc_result_release(struct pmc_result *result)
 {
 	free(result->regions);
-	*result = (struct pmc_result){ 0 };
+	*result = (struct pmc_result){ .cursor = result->cursor };
 }
 
 uint64_t pmc_bits_fill(uint64_t *bits, uint64_t from, uint64_t to, bool value)

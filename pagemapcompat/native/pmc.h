@@ -48,9 +48,8 @@
 // where the ioctl says nothing of the kind (seen on 6.18).
 #define PMC_TELLABLE (~(PAGE_IS_HUGE | PAGE_IS_PFNZERO) & (PAGE_IS_GUARD * 2 - 1))
 
-#define PMC_ENGAGE 1 // flag of pmc_scan(): write-protect what is returned
-#define PMC_REARM 1 // flag of pmc_range_create(): collects and resets register what has lost its registration
-
+#define PMC_ENGAGE (1u << 0) // flag of pmc_scan(): write-protect what is returned
+#define PMC_REARM (1u << 1) // of pmc_range_create(): collects and resets register what has lost its registration
 
 #define PMC_KEEP 512 // regions, at most, of an answer whose memory is kept to be used again: 12 KiB
 
@@ -66,7 +65,7 @@ struct pmc_config {
 
 // An answer. Zero it before first use; regions ascend, are disjoint, and adjacent equal ones are merged.
 struct pmc_result {
-	struct pmc_cursor *const *cursor; // whom pmc_*_all() ask; the caller's, and used by nothing else
+	struct pmc_cursor *const *cursor; // whom pmc_*_all() ask; the caller's, and left as it is
 	struct page_region *regions; // malloc'ed; pmc_result_release() frees them
 	uint64_t count;
 	uint64_t capacity;
@@ -147,8 +146,8 @@ int pmc_range_create(struct pmc_range **ret, struct pmc_tracker *tracker, uint64
 // Unregisters. Idempotent.
 int pmc_range_close(struct pmc_range *range);
 void pmc_range_destroy(struct pmc_range *range);
-// Kinds of memory in it, and the size of its largest page in bytes; a rearm may change both. In a forked child: 0, like
-// the next.
+// Kinds of memory in it, and the size of its largest page in bytes; a rearm may change both. In a forked child, and of
+// no range: 0, like the next.
 uint32_t pmc_range_kinds(struct pmc_range *range);
 uint64_t pmc_range_granularity(struct pmc_range *range);
 // 1 if every page could carry a mark when it was last armed, and none was left bare: only then are reads never taken
@@ -163,9 +162,9 @@ int pmc_cursor_close(struct pmc_cursor *cursor);
 void pmc_cursor_destroy(struct pmc_cursor *cursor);
 
 // Puts the written pages of [start, end) into *result*, whose memory is used again; what it held is released. At most
-// max_pages (0: all). With PMC_ENGAGE protects exactly those. Returns 0, or 1 if there are more than PMC_KEEP regions;
-// also when memory for more ran out (then walk_end < end). On an error what was taken is in *result*, and walk_end says
-// up to where.
+// max_pages (0: all). With PMC_ENGAGE protects exactly those. Where memory for more ran out, walk_end < end. On an
+// error what was taken is in *result*, and walk_end says up to where. Returns 0, 1 for more than PMC_KEEP regions, or
+// -errno.
 int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result);
 // Protects [start, end) whatever it held for this cursor.

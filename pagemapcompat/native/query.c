@@ -164,5 +164,9 @@ int pmc_query(int pagemap, int maps, const struct pm_scan_arg *arg, const struct
 	// Of a process that has ended PAGEMAP_SCAN finds nothing, and no fault with it (seen on a build of 6.18.44;
 	// another one, and 6.12.117, look whether there is memory left); its maps list nothing. A read of its pagemap
 	// is at its end on every kernel.
-	return rc ? rc : pmc_words_read(pagemap, 0, 1, shift, shift, &word);
+	if (!rc) {
+		result->operation = "/proc/PID/pagemap";
+		rc = pmc_words_read(pagemap, 0, 1, shift, shift, &word);
+	}
+	return rc;
 }

@@ -400,7 +400,7 @@ void pmc_range_destroy(struct pmc_range *range)
 // What is known of the mappings changes with them, under the mutex, which in a forked child may be held for ever.
 static bool lock(struct pmc_range *range)
 {
-	return atomic_load_explicit(range->tracker->alive, memory_order_relaxed) &&
+	return range && atomic_load_explicit(range->tracker->alive, memory_order_relaxed) &&
 	       !pthread_mutex_lock(&range->tracker->mutex);
 }
 
