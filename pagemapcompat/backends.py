@@ -100,8 +100,8 @@ class Attached:
     """The answer before the last one, to be used again if its owner has let it go."""
     last: ScanResult = attrs.field(default=_NO_ANSWER, init=False, repr=False)
     """The last answer, which who asks again and again still has meanwhile."""
-    scratch: list[_kernel.Result] = attrs.field(factory=list, init=False, repr=False)
-    """For what is no answer, and leaves nobody with it."""
+    scratch: _kernel.Result | None = attrs.field(default=None, init=False, repr=False)
+    """For what is no answer, unless somebody is using it."""
 
     def new_answer(self) -> ScanResult:
         """One to be filled, in the place of one that somebody has."""
@@ -404,9 +404,8 @@ class Backend:
 
     def engage_wp(self, on: Attached, asked: AddressRange) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""
-        try:
-            result = on.scratch.pop()
-        except IndexError:
+        result, on.scratch = on.scratch, None
+        if result is None:
             result = _kernel.new_request(on.cursor)
         if asked is on.range:
             rc = _kernel.reset_all(result)
@@ -414,7 +413,7 @@ class Backend:
             rc = _kernel.reset(on.cursor.c, asked.start, asked.end, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
-        on.scratch.append(result)
+        on.scratch = result
 
     def disengage_wp(self, on: Attached, asked: AddressRange) -> None:
         """Un-protect; all of it counts as written once."""
