@@ -61,7 +61,8 @@ class ScanResult(Sequence[PageRegion]):
     """The regions that a scan returned: ascending, disjoint, neighbours with equal categories merged.
 
     A value: it does not change, and stays good when the tracker is closed. It holds the array that C filled (24 bytes a
-    region) and makes Python objects only of what is asked for. Any thread may read it.
+    region) and makes Python objects only of what is asked for. Any thread may read it; but no finalizer of an object in
+    the same reference cycle, when the collector may have freed the array already.
 
     Attributes:
         range: What was asked about.
