@@ -191,7 +191,7 @@ def new_result() -> Result:
 
 
 def new_request(cursor: CursorHandle) -> Result:
-    """One for calls about all of a cursor's range that bring no regions. The handle must outlive those calls."""
+    """One for calls about all of a cursor's range, during which the handle must be there. `own` frees its regions."""
     made: Any = _new_result(_RESULT)
     made.cursor = cursor.out
     result: Result = made

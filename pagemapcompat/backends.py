@@ -80,12 +80,28 @@ _NO_ANSWER: Final = ScanResult(_kernel.new_result(), AddressRange(0, 0), 0, 0)
 """Where there is none: like one that somebody has, it is never used again."""
 
 
-@attrs.define(kw_only=True, eq=False)
-class Attached:
-    """A range that a backend watches, as seen by one of its cursors. Each is itself, whatever it is equal to.
+class _Answers:
+    """Those of one cursor that may be filled again."""
 
-    Only *spare*, *last* and *scratch* change.
-    """
+    __slots__ = ("last", "scratch", "spare")
+
+    def __init__(self) -> None:
+        self.spare = _NO_ANSWER
+        """The answer before the last one, to be used again if its owner has let it go."""
+        self.last = _NO_ANSWER
+        """The last answer, which who asks again and again still has meanwhile."""
+        self.scratch: _kernel.Result | None = None
+        """For what is no answer, unless somebody is using it."""
+
+
+_in_use: set[_Answers] = set()
+"""Those of every cursor there is. What hangs on them is no garbage while the collector ends a reference cycle with the
+cursor in it: else it would end an answer that a finalizer in that cycle was given."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Attached:
+    """A range that a backend watches, as seen by one of its cursors. Compared by identity."""
 
     handle: _kernel.RangeHandle
     cursor: _kernel.CursorHandle
@@ -96,12 +112,11 @@ class Attached:
     length: int
     """In bytes, as the owner of the memory sees it."""
     guarantees: Guarantee
-    spare: ScanResult = attrs.field(default=_NO_ANSWER, init=False, repr=False)
-    """The answer before the last one, to be used again if its owner has let it go."""
-    last: ScanResult = attrs.field(default=_NO_ANSWER, init=False, repr=False)
-    """The last answer, which who asks again and again still has meanwhile."""
-    scratch: _kernel.Result | None = attrs.field(default=None, init=False, repr=False)
-    """For what is no answer, unless somebody is using it."""
+    answers: _Answers = attrs.field(factory=_Answers, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        _in_use.add(self.answers)
+        weakref.finalize(self, _in_use.discard, self.answers).atexit = False
 
     def new_answer(self) -> ScanResult:
         """One to be filled, in the place of one that somebody has."""
@@ -151,6 +166,8 @@ class Backend:
             AccessError: Something it needs is denied.
 
             UnsupportedError: Something it needs is not there.
+
+            KernelError: Whether it is there could not be found out, for lack of descriptors or memory.
         """
         self._report = report
         if self.name in report.disabled:
@@ -322,12 +339,13 @@ class Backend:
         """
         # One function, and as much of it as possible before the scan: where that protected a page the kernel has
         # flushed this CPU's TLB, and each page that is touched from then on, of code too, takes long the first time.
-        answer = on.spare
-        on.spare = on.last
+        answers = on.answers
+        answer = answers.spare
+        answers.spare = answers.last
         # Only while it is in neither place does the count say who else has it, whatever comes in between.
         if getrefcount(answer) != _ALONE or (answer._words is not None and answer._is_viewed()):  # noqa: SLF001 - its friend
             answer = on.new_answer()
-        on.last = answer
+        answers.last = answer
         answer.range = asked
         result = answer._result  # noqa: SLF001 - its friend
         try:
@@ -347,14 +365,14 @@ class Backend:
                 error.collected = answer
             elif flags:  # that of a signal handler, which collected too
                 _kernel.owe(on.cursor.c, result)
-            on.last = _NO_ANSWER
+            answers.last = _NO_ANSWER
             raise
         except BaseException:
             if flags:
                 _kernel.owe(on.cursor.c, result)
-            on.last = _NO_ANSWER
+            answers.last = _NO_ANSWER
             raise
-        on.last = _NO_ANSWER  # it is large
+        answers.last = _NO_ANSWER  # it is large
         return answer
 
     def take(self, on: Attached, pages: _kernel.Result) -> None:
@@ -404,7 +422,8 @@ class Backend:
 
     def engage_wp(self, on: Attached, asked: AddressRange) -> None:
         """ENGAGE_WP && !GET: protect, whatever was written."""
-        result, on.scratch = on.scratch, None
+        answers = on.answers
+        result, answers.scratch = answers.scratch, None
         if result is None:
             result = _kernel.new_request(on.cursor)
         if asked is on.range:
@@ -413,7 +432,7 @@ class Backend:
             rc = _kernel.reset(on.cursor.c, asked.start, asked.end, result)
         if rc:
             self._fail(-rc, _kernel.operation(result), asked, result)
-        on.scratch = result
+        answers.scratch = result
 
     def disengage_wp(self, on: Attached, asked: AddressRange) -> None:
         """Un-protect; all of it counts as written once."""
@@ -529,9 +548,9 @@ def _calibrate() -> None:
     _ALONE = 1 if sys.version_info >= (3, 14) else 2
     held, found = [], []
     for is_held in (True, False):
-        closed.spare = ScanResult(_kernel.new_request(closed.cursor), nowhere, old, 0)
+        closed.answers.spare = ScanResult(_kernel.new_request(closed.cursor), nowhere, old, 0)
         if is_held:
-            held.append(closed.spare)
+            held.append(closed.answers.spare)
         try:
             nobody.scan(closed, nowhere, 0, _ENGAGE)
         except ClosedError as error:

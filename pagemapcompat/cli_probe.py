@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from errno import ESRCH, errorcode
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,16 +138,20 @@ def find() -> Findings:
 
 def _soft_dirty() -> ProbeResult:
     """Try it in a child: clearing is for all of a process, and a child's memory is its own."""
-    answer, told = os.pipe()
-    try:
-        pid = os.fork()
-    except OSError as error:
-        os.close(answer)
-        os.close(told)
-        return ProbeResult(Feature.SOFT_DIRTY, "unknown", error.errno, "no process could be made", "raise ulimit -u")
+    with ExitStack() as stack:
+        try:
+            answer, told = os.pipe()
+            stack.callback(os.close, answer)
+            stack.callback(os.close, told)
+            pid = os.fork()
+        except OSError as error:
+            hint = "raise ulimit -u and -n"
+            return ProbeResult(Feature.SOFT_DIRTY, "unknown", error.errno, "no process could be made", hint)
+        stack.pop_all()
     if pid == 0:
         status = 1
         try:
+            os.close(answer)
             lab = Laboratory()
             try_feature(lab, Feature.PAGEMAP, frozenset())
             try_feature(lab, Feature.PAGEMAP_SOFT_DIRTY, frozenset())
@@ -163,7 +167,7 @@ def _soft_dirty() -> ProbeResult:
     with suppress(ChildProcessError):  # who ignores SIGCHLD is told nothing of its children
         _, status = os.waitpid(pid, 0)
     if status or not text:
-        detail = f"the process that tried it ended with {os.waitstatus_to_exitcode(status)}"
+        detail = f"the process that tried it ended without an answer, with {os.waitstatus_to_exitcode(status)}"
         return ProbeResult(Feature.SOFT_DIRTY, "unknown", None, detail, "ask again, with more memory")
     state, number, detail, hint = json.loads(text)
     return ProbeResult(Feature.SOFT_DIRTY, state, number, detail, hint)
@@ -206,9 +210,10 @@ def unmet(findings: Findings, names: Sequence[str]) -> Iterator[tuple[int, str]]
     if wanted and not any(wanted & ~given == Guarantee(0) for given in able.values()):
         untold = any(_is_untold(findings.refused[name]) for name in asked if name not in able)
         given = ", ".join(f"{name} gives {' '.join(_names(given))}" for name, given in able.items())
+        given = given or ("none of them could be opened" if untold else "none of them works")
         yield (
             EXIT_UNTOLD if untold else EXIT_FAILED,
-            f"{' '.join(_names(wanted))}: none of {', '.join(asked)} gives this; {given or 'none of them works'}",
+            f"{' '.join(_names(wanted))}: none of {', '.join(asked)} gives this; {given}",
         )
 
 
@@ -240,7 +245,7 @@ def readable(pid: int | Literal["self"]) -> dict[str, Any]:
             for category in PageCategory:
                 answers[f"category-{str(category.name).lower().replace('_', '-')}"] = _scans(pagemap, one, category)
             answers["pfn"] = _shows_pfn(pagemap)
-    return {"schema": SCHEMA, "pid": cli_scan.number(pid), "answers": answers}
+    return {"schema": SCHEMA, "pid": cli_scan.pid_here(pid), "answers": answers}
 
 
 def _answer(state: str, number: int | None = None, detail: str = "", hint: str | None = None) -> dict[str, Any]:
@@ -275,7 +280,7 @@ def _scans(pagemap: Pagemap, where: AddressRange, category: PageCategory) -> dic
 
 def _shows_pfn(pagemap: Pagemap) -> dict[str, Any]:
     starts: list[int] = []
-    with suppress(AccessError), os.fdopen(pagemap.open_file("maps"), "rb") as maps:
+    with cli_scan.reading(pagemap.pid), suppress(AccessError), os.fdopen(pagemap.open_file("maps"), "rb") as maps:
         starts = [mapping.start for mapping in parse(maps) if mapping.path != "[vsyscall]"]
     for start in starts:
         for entry in pagemap.entries(AddressRange.from_length(start, page_size())):
@@ -334,7 +339,7 @@ def _run_pid(arguments: argparse.Namespace) -> int:
     if arguments.format not in cli_formats.PID_FORMATS:
         arguments.parser.error(f"--pid prints {' or '.join(cli_formats.PID_FORMATS)}, not {arguments.format}")
     try:
-        pid = cli_scan.process(arguments.pid)
+        pid = cli_scan.parse_pid(arguments.pid)
     except InvalidArgumentError as error:
         arguments.parser.error(f"--pid: {error}; {error.hint}")
     try:

@@ -70,7 +70,7 @@ exit status:
 
 _KERNEL_THREAD = 0x00200000
 """PF_KTHREAD (include/linux/sched.h) in the flags of /proc/PID/stat."""
-_PIECE = page_size() << 20
+_CHUNK = page_size() << 20
 """What one scan takes: some 10 ms of work, so that progress shows and an interrupt is heard."""
 _PATIENCE = 1.0
 """Seconds without any progress shown."""
@@ -224,10 +224,10 @@ def _request(arguments: argparse.Namespace) -> _Request:
         raise InvalidArgumentError(f"--only and --not both name {', '.join(_names(only & without))}").with_hint(
             "no page can be both"
         )
-    return _Request(process(arguments.pid), _range(arguments.range), only, without)
+    return _Request(parse_pid(arguments.pid), _range(arguments.range), only, without)
 
 
-def process(text: str) -> int | Literal["self"]:
+def parse_pid(text: str) -> int | Literal["self"]:
     """Which one the command line means, as `Pagemap` takes it."""
     if text == "self":
         return "self"
@@ -236,7 +236,7 @@ def process(text: str) -> int | Literal["self"]:
     return int(text)
 
 
-def number(pid: int | Literal["self"]) -> int:
+def pid_here(pid: int | Literal["self"]) -> int:
     """Its pid in this process's pid namespace."""
     return os.getpid() if pid == "self" else pid
 
@@ -279,7 +279,7 @@ def _look(request: _Request, wanted: PageCategory) -> _Report:
     _check_process(pid)
     # The mappings are read after pagemap was opened and before the first question. Up to Linux 6.15 the pagemap of a
     # process that has just ended opens too, and PAGEMAP_SCAN on it is a NULL dereference in the kernel (65c66047259f).
-    with Pagemap(pid) as pagemap, _reading(pid), os.fdopen(pagemap.open_file("maps"), "rb") as maps:
+    with Pagemap(pid) as pagemap, reading(pid), os.fdopen(pagemap.open_file("maps"), "rb") as maps:
         mappings = list(_mappings(maps, request.range))
         _check_memory(pid, maps)
         told = _told(pagemap, request.mentioned)
@@ -287,11 +287,11 @@ def _look(request: _Request, wanted: PageCategory) -> _Report:
         results = list(_scan(pagemap, mappings, query))
         _check_memory(pid, maps)
     by_ioctl = probe().supports(Feature.PAGEMAP_SCAN)
-    return _Report(number(pid), "PAGEMAP_SCAN" if by_ioctl else "pagemap words", told, mappings, results)
+    return _Report(pid_here(pid), "PAGEMAP_SCAN" if by_ioctl else "pagemap words", told, mappings, results)
 
 
 @contextmanager
-def _reading(pid: int | str) -> Iterator[None]:
+def reading(pid: int | str) -> Iterator[None]:
     """Reads files in /proc/PID, which go away with the process."""
     try:
         yield
@@ -316,7 +316,7 @@ def _stat(pid: int | str) -> tuple[bytes, int]:
 
 def _check_process(pid: int | str) -> None:
     # Where /proc hides what belongs to others, Pagemap says why.
-    with suppress(PermissionError), _reading(pid):
+    with suppress(PermissionError), reading(pid):
         state, flags = _stat(pid)
         if flags & _KERNEL_THREAD:
             raise _KernelThreadError(f"{pid} is a kernel thread").with_hint("it has no memory of its own")
@@ -379,18 +379,18 @@ def _chunks(mappings: list[Mapping]) -> Iterator[tuple[AddressRange, int]]:
 
     One chunk may hold thousands of mappings, so that each costs no call, and one mapping may be in many.
     """
-    start, room = 0, _PIECE
+    start, room = 0, _CHUNK
     for mapping in mappings:
         at = mapping.start
-        if room == _PIECE:
+        if room == _CHUNK:
             start = at
         while mapping.end - at >= room:
             at += room
-            yield AddressRange(start, at), _PIECE
-            start, room = at, _PIECE
+            yield AddressRange(start, at), _CHUNK
+            start, room = at, _CHUNK
         room -= mapping.end - at
-    if room < _PIECE:
-        yield AddressRange(start, mappings[-1].end), _PIECE - room
+    if room < _CHUNK:
+        yield AddressRange(start, mappings[-1].end), _CHUNK - room
 
 
 # -- Output ----------------------------------------------------------------------------------------------------
@@ -453,7 +453,7 @@ class _Echo:
 
 
 def _csv(report: _Report, *, regions: bool) -> Iterator[str]:
-    # Of what ends a line for whoever reads, Python up to 3.12 quotes only what ends one here: "\r" and "\n" both.
+    # Up to Python 3.12 csv quotes what ends its own lines alone, so that is "\r\n", which _Echo makes a newline.
     writer: Any = csv.writer(_Echo())
     yield writer.writerow(_REGION_FIELDS if regions else _MAPPING_FIELDS)
     for record in _records(report, regions=regions):

@@ -24,7 +24,7 @@ _EPILOG = f"""\
 exit status:
   {EXIT_OK}    all passed
   {EXIT_FAILED}    one failed
-  {EXIT_UNTOLD}    whether one works could not be found out, or not be written
+  {EXIT_UNTOLD}    it could not be found out whether one works, or not be written
   {EXIT_NONE_USABLE}   none works here
   {EXIT_INTERRUPTED}  interrupted (SIGINT)
   {EXIT_BROKEN_PIPE}  nobody reads the output any more (SIGPIPE)

@@ -74,7 +74,8 @@ class Laboratory:
             if state == "no":
                 return "no", number, f"it needs {feature.value}, which is not there", hint
         for feature in missing:
-            return "unknown", None, f"it needs {feature.value}", self.answers[feature][3]
+            _, number, _, hint = self.answers[feature]
+            return "unknown", number, f"it needs {feature.value}", hint
         return None
 
     @contextmanager

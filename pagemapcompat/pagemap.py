@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
+import threading
 from errno import EACCES, EBADF, EBADMSG, EFAULT, EINVAL, EISDIR, ENOENT, ENOTTY, EOPNOTSUPP, EPERM, ESPIPE, ESRCH
 from pathlib import Path
 from struct import iter_unpack
@@ -59,11 +60,11 @@ def _mask(value: int) -> PageCategory:
     return PageCategory(value)
 
 
-def _bits(value: int) -> int:
+def _bits(value: int, hint: str = "give PageCategory.PRESENT, or several joined by |") -> int:
     try:
         return operator.index(value)
     except TypeError as error:
-        error.add_note(f"hint: {value!r}: give PageCategory.PRESENT, or several joined by |")
+        error.add_note(f"hint: {value!r}: {hint}")
         raise
 
 
@@ -120,11 +121,11 @@ class ScanQuery:
             InvalidArgumentError: A bit that the proposal does not have.
         """
         given = {"required": required, "anyof": anyof, "excluded": excluded, "returned": returned}
-        names = {name: _bits(value) for name, value in given.items()}
+        names = {name: _bits(value, _PROPOSED) for name, value in given.items()}
         for name, value in names.items():
             if not 0 <= value < 1 << len(_PROPOSAL):
                 raise InvalidArgumentError(f"{name}={value:#x} has bits that the proposal does not").with_hint(
-                    "it knows WRITTEN 1, FILE 2, PRESENT 4 and SWAPPED 8; for others build a ScanQuery of PageCategory"
+                    f"{_PROPOSED}; for others build a ScanQuery of PageCategory"
                 )
         r, a, e, report = (_merged(value) for value in names.values())
         query = cls(all_of=r | e, any_of=a & ~e, inverted=e, report=report)
@@ -133,6 +134,7 @@ class ScanQuery:
         return query
 
 
+_PROPOSED = "it knows WRITTEN 1, FILE 2, PRESENT 4 and SWAPPED 8"
 _PROPOSAL = (PageCategory.WRITTEN, PageCategory.FILE, PageCategory.PRESENT, PageCategory.SWAPPED)
 
 
@@ -190,6 +192,24 @@ def _pid_of(pidfd: int) -> int:
     return pid
 
 
+class _Maps:
+    """/proc/PID/maps, read by one call at a time: there is one place in it for all who have the descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.lock = threading.RLock()
+        self.pid = os.getpid()
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether the process that this one was forked from has it too."""
+        return self.pid != os.getpid()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):  # somebody closed it
+            os.close(self.fd)
+
+
 class _Files:
     """The descriptors of one Pagemap, closed when it ends. Whoever uses one holds this.
 
@@ -197,11 +217,12 @@ class _Files:
     """
 
     def __init__(self) -> None:
-        self.process = self.pagemap = self.maps = -1
+        self.process = self.pagemap = -1
+        self.maps: _Maps | None = None
 
     def close(self) -> None:
         """Idempotent."""
-        fds, self.process, self.pagemap, self.maps = (self.process, self.pagemap, self.maps), -1, -1, -1
+        fds, self.process, self.pagemap, self.maps = (self.process, self.pagemap), -1, -1, None
         for fd in fds:
             if fd >= 0:
                 with contextlib.suppress(OSError):  # somebody closed it
@@ -240,7 +261,7 @@ class Pagemap:
             self._check_memory(files.pagemap)
             self._ioctl = probe().supports(Feature.PAGEMAP_SCAN)
             if not self._ioctl:
-                files.maps = self._open("maps", files.process)
+                files.maps = _Maps(self._open("maps", files.process))
         except BaseException:
             files.close()  # not when somebody lets go of the exception, and with it this frame
             raise
@@ -385,15 +406,28 @@ class Pagemap:
                 self._check_words(query.mentioned)
             masks = (query.inverted, query.all_of, query.any_of, query.report)
             known = [] if self._ioctl else registered()
-            rc, result = _kernel.query(
-                files.pagemap, files.maps, asked.start, asked.end, masks, limit, known, drop_empty=query.drop_empty
-            )
+            with self._maps(files) as maps:
+                rc, result = _kernel.query(
+                    files.pagemap, maps, asked.start, asked.end, masks, limit, known, drop_empty=query.drop_empty
+                )
             if rc < 0:
                 self._fail(-rc, files.pagemap, query, asked, _kernel.operation(result))
             return ScanResult(result, asked, asked.start, pinned.length)
         finally:
             pinned.release()
             del files  # somebody may keep this frame, in an exception's traceback
+
+    @contextlib.contextmanager
+    def _maps(self, files: _Files) -> Iterator[int]:
+        """The descriptor of maps while it is this call's alone; -1 where the ioctl needs none."""
+        maps = files.maps
+        if maps is None:
+            yield -1
+            return
+        if maps.is_inherited:
+            maps = files.maps = _Maps(self._open("maps", files.process))
+        with maps.lock:
+            yield maps.fd
 
     def _check_words(self, mentioned: PageCategory) -> None:
         if not self._own:
@@ -498,7 +532,7 @@ def _no_memory(pid: int | str, operation: str) -> TargetGoneError:
 
 def _beyond(asked: AddressRange) -> InvalidArgumentError:
     return InvalidArgumentError(f"{asked} is not in the user's address space").with_hint(
-        "end it where the last mapping of /proc/PID/maps ends"
+        "end it where the last mapping of /proc/PID/maps ends, [vsyscall] left out"
     )
 
 

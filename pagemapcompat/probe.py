@@ -102,15 +102,16 @@ class FeatureReport(Mapping[Feature, ProbeResult]):
         Raises:
             AccessError: It is denied.
 
-            UnsupportedError: It is not there, or disabled.
+            UnsupportedError: It is not there, disabled, or unknown because something else is.
 
-            KernelError: It is unknown.
+            KernelError: It is unknown for lack of descriptors or memory.
         """
-        kinds: dict[str, type[KernelError]] = {"denied": AccessError, "unknown": KernelError}
         for feature in features:
             result = self[feature]
             if not result:
-                kind = kinds.get(result.state, UnsupportedError)
+                kind: type[KernelError] = AccessError if result.state == "denied" else UnsupportedError
+                if result.errno in _FLEETING:
+                    kind = KernelError
                 raise kind.make(result.errno or EOPNOTSUPP, feature.value, result.detail, hint=result.hint)
 
     def with_result(self, result: ProbeResult) -> FeatureReport:

@@ -98,8 +98,10 @@ def open_backend(name: str, require: Guarantee, report: FeatureReport) -> tuple[
         rejected[kind.name] = f"does not guarantee {missing.name} (hint: {hint})"
     if len(failures) == 1:
         raise failures[0]
+    # What could not be found out may work for whoever asks again.
+    untold = next((failure for failure in failures if not isinstance(failure, AccessError | UnsupportedError)), None)
     denied = next((failure for failure in failures if isinstance(failure, AccessError)), None)
-    first = denied or failures[0]
+    first = untold or denied or failures[0]
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in rejected.items())
     raise type(first).make(
         first.errno or EOPNOTSUPP, "DirtyTracker", f"no backend works here: {reasons}", hint=first.hint

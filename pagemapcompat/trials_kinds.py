@@ -6,7 +6,7 @@ import mmap
 import os
 import resource
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from errno import EACCES, EFBIG, EINVAL, EISDIR, ENOENT, ENOTDIR, EOPNOTSUPP, EPERM, EROFS
+from errno import EFBIG, EINVAL, EMFILE, ENFILE, ENOENT, ENOMEM
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,8 +75,8 @@ def _shared_file() -> Iterator[int]:
         yield at
 
 
-_NOT_HERE = {ENOENT, ENOTDIR, EISDIR, EACCES, EPERM, EROFS, EOPNOTSUPP}
-"""What it means that a folder, or its file system, is not for files without a name."""
+_LACKING = {EMFILE, ENFILE, ENOMEM}
+"""What says nothing of a folder, and everything else does."""
 
 
 class _NowhereError(OSError):
@@ -106,7 +106,7 @@ def _unlisted_file() -> int:
                 os.close(fd)
                 raise
         except OSError as error:
-            if error.errno not in _NOT_HERE:
+            if error.errno in _LACKING:
                 reason = error
         else:
             return fd

@@ -74,6 +74,8 @@ def try_soft_dirty(lab: Laboratory) -> Answer:
                 with open("/proc/self/clear_refs", "w", encoding="utf-8") as refs:
                     refs.write("4")
             except OSError as error:
+                if error.errno not in ABSENT | DENIED:
+                    raise
                 state: State = "denied" if error.errno in DENIED else "no"
                 hint = "prctl(PR_SET_DUMPABLE, 1), or a kernel with CONFIG_PROC_PAGE_MONITOR"
                 return state, error.errno, "/proc/self/clear_refs cannot be written", hint

@@ -141,7 +141,7 @@ class TrackedGuest:
         Nothing is mapped or tracked after an error. Cost: that of `DirtyTracker.track`.
         """
         address = operator.index(address)
-        if isinstance(memory, int | Integral):  # numpy's are no int
+        if isinstance(memory, int | Integral):  # numpy's are no int; mypy's int is no Integral
             length = operator.index(memory)
             self._check(address, length, perms)
             memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -607,10 +607,10 @@ def _runs(addresses: Iterable[int]) -> memoryview[int]:
     return memoryview(words).toreadonly()
 
 
-def _check(rc: int, operation: str, memory: AddressRange, asked: str = "") -> None:
+def _check(rc: int, operation: str, memory: AddressRange, detail: str = "") -> None:
     if rc:
         hint = _HINTS.get((operation, -rc))
-        raise KernelError.make(-rc, operation, asked + os.strerror(-rc), range=memory, hint=hint)
+        raise KernelError.make(-rc, operation, detail + os.strerror(-rc), range=memory, hint=hint)
 
 
 def _all_mappings(memory: AddressRange) -> list[Mapping]:

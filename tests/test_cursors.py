@@ -15,7 +15,17 @@ import pytest
 from children import Crew, Mirror, in_child, memory_of, resources
 from conftest import PAGE, Flavour, libc, pages_of, part, private, run_child, write
 
-from pagemapcompat import ClosedError, Cursor, DirtyTracker, NotTrackedError, TrackedRange, _kernel, backends, page_size
+from pagemapcompat import (
+    ClosedError,
+    Cursor,
+    DirtyTracker,
+    NotTrackedError,
+    ScanResult,
+    TrackedRange,
+    _kernel,
+    backends,
+    page_size,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -286,11 +296,11 @@ def test_a_large_answer_is_not_kept(tracker: DirtyTracker, name: str) -> None:
     write(memory, *range(0, len(memory) // PAGE, 2))
     answer = getattr(ram, name)()
     assert len(answer) == _kernel.KEEP + 1
-    assert ram._attached.last is not answer
+    assert ram._attached.answers.last is not answer
     ram.reset()
     write(memory, 3)
     answer = getattr(ram, name)()
-    assert ram._attached.last is answer
+    assert ram._attached.answers.last is answer
 
 
 def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> None:
@@ -367,31 +377,35 @@ def test_an_interrupt_while_it_is_found_out_who_has_a_view(tracker: DirtyTracker
         assert view.tolist() == content
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["younger", "older"])
 @pytest.mark.parametrize("name", ["peek", "collect", "reset", "snapshot", "granularity", "held", "read", "drop"])
-def test_a_finalizer_in_the_same_reference_cycle(flavour: Flavour, name: str) -> None:
-    """The collector ends what is in a cycle in any order: who asks then is told, or answered, and nothing crashes."""
+def test_a_finalizer_in_the_same_reference_cycle(flavour: Flavour, name: str, older: bool) -> None:
+    """The collector ends what is in one in any order: who asks is refused, or answered for good; nothing crashes."""
 
     class Node:
         """Asks at its end."""
 
-        def __init__(self, *objects: object) -> None:
-            self.objects = objects
+        def __init__(self) -> None:
+            self.objects: tuple[object, ...] = ()
             self.itself = self
 
         def __del__(self) -> None:
             for one in self.objects:
                 with contextlib.suppress(ClosedError):
                     call = getattr(one, name, None)
-                    outcomes.append(call() if callable(call) else call)
+                    answer = call() if callable(call) else call
+                    view = answer.as_u64() if isinstance(answer, ScanResult) else memoryview(b"")
+                    outcomes.append((answer, view, view.tolist()))
                     continue
-                outcomes.append(ClosedError)
+                outcomes.append((None, memoryview(b""), []))
 
-    outcomes: list[object] = []
+    outcomes: list[tuple[object, memoryview, list[int]]] = []
 
     def check() -> None:
         for _ in range(20):
             with flavour.tracker() as tracker:
                 memory = private(16)
+                nodes = [Node(), Node()] if older else []
                 ram = tracker.track(memory)
                 cursor, snapshot = ram.cursor(), ram.snapshot()
                 for _ in range(2):
@@ -399,11 +413,23 @@ def test_a_finalizer_in_the_same_reference_cycle(flavour: Flavour, name: str) ->
                     cursor.collect()
                     ram.collect()
                     cursor.reset()
-                Node(cursor, ram, snapshot)
-                Node(ram, cursor)
-                del ram, cursor, snapshot
+                write(memory, 2, 3, 9)
+                nodes = nodes or [Node(), Node()]
+                nodes[0].objects, nodes[1].objects = (cursor, ram, snapshot), (ram, cursor)
+                del nodes, ram, cursor, snapshot
                 gc.collect()
+                again = private(16)
+                other = tracker.track(again)
+                for page in range(8):  # what was freed is filled
+                    write(again, page)
+                    other.collect()
         assert len(outcomes) == 20 * 5
+        for answer, view, content in outcomes:
+            assert view.tolist() == content
+            if isinstance(answer, ScanResult):
+                assert answer.as_u64().tolist() == content
+        if older and name == "collect":
+            assert any(content for _, _, content in outcomes), "it was never answered"
 
     in_child(check)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import in_child, plain
+from children import Crew, in_child, plain
 from conftest import PAGE, Flavour, disable, lacking, libc, need, pages_of, private, write
 
 from pagemapcompat import (
@@ -303,6 +303,34 @@ def test_another_process(source: str, other: tuple[subprocess.Popen[str], Addres
                 list(pagemap.entries(memory))
             with pytest.raises(TargetGoneError):
                 pagemap.scan(memory, PRESENT)
+
+
+def test_two_threads_ask_one(source: str) -> None:
+    """The mappings are more than are read at once; each of the answers has all of them."""
+
+    def check() -> None:
+        memory = area_of(1024)
+        for page in range(0, 1024, 2):
+            libc.mprotect(memory.start + page * PAGE, PAGE, libc.PROT_READ)
+        crew = Crew()
+        with Pagemap() as pagemap:
+
+            def ask() -> None:
+                for _ in range(20):
+                    assert indices(pagemap.scan(memory, PRESENT), memory.start) == set(range(1, 1024, 2))
+
+            for _ in range(2):
+                crew.add(ask)
+            crew.join()
+
+    def area_of(pages: int) -> AddressRange:
+        start = libc.mmap(pages * PAGE)
+        libc.madvise(start, pages * PAGE, mmap.MADV_NOHUGEPAGE)
+        for page in range(1, pages, 2):
+            libc.fill(start + page * PAGE)
+        return AddressRange.from_length(start, pages * PAGE)
+
+    in_child(check)
 
 
 def test_a_process_that_runs_another_program(source: str) -> None:

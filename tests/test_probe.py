@@ -229,7 +229,8 @@ def test_with_few_descriptors_nothing_is_guessed() -> None:
     run_child(
         """
         import errno, os, resource
-        from pagemapcompat import probe
+        from pagemapcompat import DirtyTracker, KernelError, probe
+        DirtyTracker().close()
         whole = {feature.value: result.state for feature, result in probe(refresh=True).items()}
         before = sorted(os.listdir("/proc/self/fd"))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -237,7 +238,15 @@ def test_with_few_descriptors_nothing_is_guessed() -> None:
         for room in range(8):
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, hard))
             found = {feature.value: result for feature, result in probe(refresh=True).items()}
+            try:
+                DirtyTracker().close()
+            except KernelError as error:
+                refused = error
+            else:
+                refused = None
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            # Not "unsupported", nor "denied", by which a program would give up for good.
+            assert refused is None or (type(refused), refused.errno) == (KernelError, errno.EMFILE), (room, refused)
             for name, result in found.items():
                 assert result.state in (whole[name], "unknown"), (room, name, result, whole[name])
                 if result.state != whole[name] and result.errno is not None:

@@ -1,4 +1,4 @@
-"""Memory far larger than what is in it: it is tracked by units that stay bare until something comes to them."""
+"""Memory far larger than what is in it: it is tracked by blocks that stay bare until something comes to them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kernel
 
-UNIT = 16 * (PAGE // 8)  # pages; UNIT_TABLES in scan.c
-PLACES = [unit * UNIT + page for unit in range(4) for page in (0, 1, 5, UNIT // 2, UNIT - 1)]
-"""Pages at both ends of units and within them; the memory begins and ends inside of one."""
-BEGIN, PAGES = 700, 4 * UNIT - 900
+BLOCK = 16 * (PAGE // 8)  # pages; BLOCK_TABLES in scan.c
+PLACES = [block * BLOCK + page for block in range(4) for page in (0, 1, 5, BLOCK // 2, BLOCK - 1)]
+"""Pages at both ends of blocks and within them; the memory begins and ends inside of one."""
+BEGIN, PAGES = 700, 4 * BLOCK - 900
 STEPS = ("write",) * 6 + ("read", "discard", "bar", "collect", "part", "limit", "peek", "reset", "reader", "unprotect")
 HUGEPAGE, NOHUGEPAGE = 14, 15
 
@@ -82,7 +82,7 @@ class Reader:
 
 
 def play(tracker: DirtyTracker, memory: AddressRange, dice: random.Random, *, discards: bool) -> None:
-    """A random program on some pages of some units, against a model."""
+    """A random program on some pages of some blocks, against a model."""
     ram = tracker.track(memory)
     readers = [Reader(ram)]
     places = [place - BEGIN for place in PLACES if BEGIN <= place < BEGIN + PAGES]
@@ -140,10 +140,10 @@ def play(tracker: DirtyTracker, memory: AddressRange, dice: random.Random, *, di
 @pytest.mark.parametrize(
     "huge", [pytest.param(False, id="small"), pytest.param(True, id="huge", marks=pytest.mark.anywhere)]
 )
-def test_random_programs_over_units(flavour: Flavour, area: Callable[..., AddressRange], huge: bool) -> None:
-    """Whatever comes to a unit is told to every reader."""
-    room = area(4 * UNIT + UNIT, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
-    start = -(-room.start // (UNIT * PAGE)) * UNIT * PAGE + BEGIN * PAGE
+def test_random_programs_over_blocks(flavour: Flavour, area: Callable[..., AddressRange], huge: bool) -> None:
+    """Whatever comes to a block is told to every reader."""
+    room = area(4 * BLOCK + BLOCK, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
+    start = -(-room.start // (BLOCK * PAGE)) * BLOCK * PAGE + BEGIN * PAGE
     memory = type(room).from_length(start, PAGES * PAGE)
 
     def check() -> None:
@@ -156,9 +156,9 @@ def test_random_programs_over_units(flavour: Flavour, area: Callable[..., Addres
 
 def test_what_comes_to_a_bare_unit_has_changed(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
     """Also where it is zero again, or in another kind of memory that was mapped there."""
-    unit = UNIT * PAGE
-    room = area(4 * UNIT, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
-    memory = type(room).from_length(-(-room.start // unit) * unit, 2 * unit)
+    block = BLOCK * PAGE
+    room = area(4 * BLOCK, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
+    memory = type(room).from_length(-(-room.start // block) * block, 2 * block)
     with flavour.tracker(on_untracked="rearm") as tracker:
         ram = tracker.track(memory)
         libc.mprotect(memory.start, PAGE * 8, libc.PROT_READ | libc.PROT_WRITE)
@@ -170,27 +170,27 @@ def test_what_comes_to_a_bare_unit_has_changed(flavour: Flavour, area: Callable[
         assert pages_of(ram.collect()) == set()
         if Feature.UFFD_WP_HUGETLBFS_SHMEM.value in flavour.disabled or not claims(tracker, Guarantee.DISCARDS):
             return
-        at = memory.start + unit + 6 * PAGE
+        at = memory.start + block + 6 * PAGE
         libc.mmap(PAGE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, address=at)
-        assert pages_of(ram.collect()) == {UNIT + 6}
+        assert pages_of(ram.collect()) == {BLOCK + 6}
         libc.mprotect(at - PAGE, PAGE, libc.PROT_READ | libc.PROT_WRITE)
         libc.fill(at)
         libc.fill(at - PAGE)
-        assert pages_of(ram.collect()) == {UNIT + 5, UNIT + 6}
+        assert pages_of(ram.collect()) == {BLOCK + 5, BLOCK + 6}
 
 
 def test_snapshots_of_a_reserve(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
     """What came to it, was copied and was discarded again is in the next one as it is then."""
-    room = area(2 * UNIT + 1, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
+    room = area(2 * BLOCK + 1, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
     with flavour.tracker() as tracker:
         ram = tracker.track(room)
-        libc.mprotect(room.start + UNIT * PAGE, PAGE, libc.PROT_READ | libc.PROT_WRITE)
+        libc.mprotect(room.start + BLOCK * PAGE, PAGE, libc.PROT_READ | libc.PROT_WRITE)
         first = ram.snapshot()
-        libc.fill(room.start + UNIT * PAGE, 1, 7)
+        libc.fill(room.start + BLOCK * PAGE, 1, 7)
         second = ram.snapshot()
         if claims(tracker, Guarantee.DISCARDS):
-            libc.madvise(room.start + UNIT * PAGE, PAGE, mmap.MADV_DONTNEED)
+            libc.madvise(room.start + BLOCK * PAGE, PAGE, mmap.MADV_DONTNEED)
             assert list(ram.snapshot().diff(first)) == []
-        assert list(second.diff(first).spans()) == [(UNIT * PAGE, (UNIT + 1) * PAGE)]
+        assert list(second.diff(first).spans()) == [(BLOCK * PAGE, (BLOCK + 1) * PAGE)]
         ram.restore(second, verify=True)
-        assert ctypes.string_at(room.start + UNIT * PAGE, 1) == b"\x07"
+        assert ctypes.string_at(room.start + BLOCK * PAGE, 1) == b"\x07"

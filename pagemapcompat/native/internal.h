@@ -60,6 +60,8 @@ void pmc_output_cut(struct output *out, uint64_t end);
 
 // Empties it, to be filled again; *cursor* stays.
 void pmc_result_empty(struct pmc_result *result);
+// Gives back room that nothing is in.
+void pmc_result_trim(struct pmc_result *result);
 // Makes room for *more* regions. 0 or -ENOMEM.
 int pmc_result_reserve(struct pmc_result *result, uint64_t more);
 // Appends to a result that has room.
@@ -69,7 +71,8 @@ void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, 
 // Likewise *count* regions, of which no two are one. Their ends are zero then.
 void pmc_result_move_in(struct pmc_result *result, struct page_region *regions, uint64_t count, uint32_t page_shift);
 
-// Puts the union of two ascending lists, as far as *stop*, into *vec*, which has room for both. Returns its length.
+// Puts the union of two ascending lists, as far as *stop*, into *vec*, a third one that has room for both, as WRITTEN.
+// Returns its length.
 uint64_t pmc_unite(struct page_region *vec, const struct page_region *a, uint64_t a_count, const struct page_region *b,
 		   uint64_t b_count, uint64_t stop);
 
@@ -345,12 +348,12 @@ int pmc_own_words_read(struct pmc_tracker *tracker, uint64_t start, uint64_t cou
 
 // Its vector is tracker->regions.
 int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg);
-// Bytes of range->bare, one bit a unit; 0 where units do not pay, or cannot be told from others.
+// Bytes of range->bare, one bit a block; 0 where blocks do not pay, or cannot be told from others.
 size_t pmc_kernel_bare_size(const struct pmc_range *range);
-// Takes all units for bare that lie in barred private memory of the range as a whole. Once, before its first reset. 0
+// Takes all blocks for bare that lie in barred private memory of the range as a whole. Once, before its first reset. 0
 // or -errno.
 int pmc_kernel_bare_all(struct pmc_range *range);
-// Arms all units, for good. 0 or -errno.
+// Arms all blocks, for good. 0 or -errno.
 int pmc_kernel_arm_all(struct pmc_range *range);
 int pmc_kernel_reset(struct pmc_range *range, const struct piece *piece, uint64_t start, uint64_t end,
 		     uint64_t *walk_end);

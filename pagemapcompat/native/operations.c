@@ -410,13 +410,15 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 	uint64_t pages = (end - start) >> tracker->page_shift;
 	max_pages = min_u64(max_pages, pages);
 	// Room for as many as last time, if there is: else what is there is copied each time more comes.
-	if (cursor->last_count > PMC_VECTOR)
+	if (cursor->last_count > PMC_VECTOR && !max_pages)
 		(void)pmc_result_reserve(result, min_u64(cursor->last_count + PMC_VECTOR, pages / 2 + 1));
 	rc = scan_locked(cursor, start, end, max_pages, flags & PMC_ENGAGE, result);
 	// A fault thread that died meanwhile has let writes through that this scan could not see.
 	if (!rc && atomic_load(&tracker->fault_errno))
 		rc = -PMC_EFAULTTHREAD;
 	cursor->last_count = result->count;
+	if (result->capacity > 2 * (result->count + PMC_VECTOR))
+		pmc_result_trim(result);
 	tracker->scans++;
 	if (flags & PMC_ENGAGE)
 		tracker->pages += result->pages;

@@ -77,6 +77,16 @@ int pmc_result_reserve(struct pmc_result *result, uint64_t more)
 	return 0;
 }
 
+void pmc_result_trim(struct pmc_result *result)
+{
+	uint64_t capacity = max_u64(result->count, 1);
+	struct page_region *regions = realloc(result->regions, capacity * sizeof(*regions));
+	if (!regions)
+		return;
+	result->regions = regions;
+	result->capacity = capacity;
+}
+
 void pmc_result_append(struct pmc_result *result, uint64_t start, uint64_t end, uint64_t categories,
 		       uint32_t page_shift)
 {
@@ -141,8 +151,9 @@ int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, cons
 	if (pmc_result_reserve(result, a->count + b->count))
 		return -ENOMEM;
 	result->count = pmc_unite(result->regions, a->regions, a->count, b->regions, b->count, UINT64_MAX);
+	uint32_t shift = pmc_page_shift();
 	for (uint64_t i = 0; i < result->count; i++)
-		result->pages += (result->regions[i].end - result->regions[i].start) >> pmc_page_shift();
+		result->pages += (result->regions[i].end - result->regions[i].start) >> shift;
 	result->walk_end = max_u64(a->walk_end, b->walk_end);
 	return 0;
 }

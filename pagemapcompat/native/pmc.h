@@ -170,7 +170,7 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 // Protects [start, end) whatever it held for this cursor.
 int pmc_reset(struct pmc_cursor *cursor, uint64_t start, uint64_t end, struct pmc_result *result);
 // A scan, one with PMC_ENGAGE, and a reset, of the whole range of *result->cursor, without a limit. One argument, since
-// from Python each takes as long as a tenth of a small scan.
+// from Python one more takes as long as a tenth of a small scan.
 int pmc_peek_all(struct pmc_result *result);
 int pmc_collect_all(struct pmc_result *result);
 int pmc_reset_all(struct pmc_result *result);

@@ -306,7 +306,7 @@ static void *collect_until_closed(void *arg)
 		struct pmc_result result = { 0 };
 		rc = pmc_scan(job->drive->readers[0].cursor, job->drive->start, job->drive->end, 0, PMC_ENGAGE, &result);
 		pmc_result_release(&result);
-	} while (!rc);
+	} while (rc >= 0);
 	if (rc != -PMC_ECLOSED)
 		check("collect while closing", rc);
 	return NULL;
