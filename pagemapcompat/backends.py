@@ -93,10 +93,9 @@ class _Answers:
         self.scratch: _kernel.Result | None = None
         """For what is no answer, unless somebody is using it."""
 
-
-_in_use: set[_Answers] = set()
-"""Those of every cursor there is. What hangs on them is no garbage while the collector ends a reference cycle with the
-cursor in it: else it would end an answer that a finalizer in that cycle was given."""
+    def let_go(self) -> None:
+        """Nobody asks any more."""
+        self.spare = self.last = _NO_ANSWER
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -115,8 +114,9 @@ class Attached:
     answers: _Answers = attrs.field(factory=_Answers, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        _in_use.add(self.answers)
-        weakref.finalize(self, _in_use.discard, self.answers).atexit = False
+        # That holds them until this ends, so that they are no garbage when the collector ends a reference cycle of which
+        # this is a part: else it would end an answer that a finalizer in that cycle was given.
+        weakref.finalize(self, _Answers.let_go, self.answers).atexit = False
 
     def new_answer(self) -> ScanResult:
         """One to be filled, in the place of one that somebody has."""
