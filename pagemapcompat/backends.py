@@ -114,8 +114,8 @@ class Attached:
     answers: _Answers = attrs.field(factory=_Answers, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        # That holds them until this ends, so that they are no garbage when the collector ends a reference cycle of which
-        # this is a part: else it would end an answer that a finalizer in that cycle was given.
+        # That holds them until this ends, so that they are no garbage when the collector ends a reference cycle that
+        # this is part of: else it would end an answer that a finalizer in that cycle was given.
         weakref.finalize(self, _Answers.let_go, self.answers).atexit = False
 
     def new_answer(self) -> ScanResult:
