@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from pagemapcompat import _kernel
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError
-from pagemapcompat.memory import AddressRange, page_size
+from pagemapcompat.memory import AddressRange, page_size, whole_number
 from pagemapcompat.pagemap import check_max_pages
 
 if TYPE_CHECKING:
@@ -136,12 +135,9 @@ class Cursor:
     def _asked(self, start: SupportsIndex, stop: SupportsIndex | None) -> AddressRange:
         whole, unit = self.range, self.granularity
         length = self._attached.length
-        try:
-            first = operator.index(start)
-            last = length if stop is None else operator.index(stop)
-        except TypeError as error:
-            error.add_note(f"hint: start={start!r}, stop={stop!r}: give whole numbers of bytes, or None for the end")
-            raise
+        hint = f"start={start!r}, stop={stop!r}: give whole numbers of bytes, or None for the end"
+        first = whole_number(start, hint)
+        last = length if stop is None else whole_number(stop, hint)
         for name, value in (("start", first), ("stop", last)):
             if not 0 <= value <= length and value != whole.length:
                 raise InvalidArgumentError(f"{name}={value} lies outside of the {length} tracked bytes").with_hint(

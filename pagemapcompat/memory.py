@@ -43,6 +43,15 @@ def page_size() -> int:
     return _PAGE_SIZE
 
 
+def whole_number(value: SupportsIndex, hint: str) -> int:
+    """The integer that *value* is. A TypeError says what to give instead."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        error.add_note(f"hint: {hint}")
+        raise
+
+
 def _address(value: SupportsIndex) -> int:
     return operator.index(value)
 

@@ -24,7 +24,7 @@ from pagemapcompat.errors import (
     UnsupportedError,
 )
 from pagemapcompat.limits import NOT_DUMPABLE_HINT
-from pagemapcompat.memory import PAGE_SHIFT, AddressRange, Memory, pin
+from pagemapcompat.memory import PAGE_SHIFT, AddressRange, Memory, pin, whole_number
 from pagemapcompat.probe import probe
 from pagemapcompat.registrations import registered
 from pagemapcompat.results import ScanResult
@@ -52,20 +52,12 @@ _LOST_FILE_HINT = (
 
 
 def _mask(value: int) -> PageCategory:
-    value = _bits(value)
+    value = whole_number(value, f"{value!r}: give PageCategory.PRESENT, or several joined by |")
     if not 0 <= value < 1 << 64:
         raise InvalidArgumentError(f"{value:#x} is no mask of categories").with_hint(
             "masks have 64 bits; use PageCategory"
         )
     return PageCategory(value)
-
-
-def _bits(value: int, hint: str = "give PageCategory.PRESENT, or several joined by |") -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        error.add_note(f"hint: {value!r}: {hint}")
-        raise
 
 
 @attrs.frozen(kw_only=True)
@@ -121,7 +113,7 @@ class ScanQuery:
             InvalidArgumentError: A bit that the proposal does not have.
         """
         given = {"required": required, "anyof": anyof, "excluded": excluded, "returned": returned}
-        names = {name: _bits(value, _PROPOSED) for name, value in given.items()}
+        names = {name: whole_number(value, f"{name}={value!r}: {_PROPOSED}") for name, value in given.items()}
         for name, value in names.items():
             if not 0 <= value < 1 << len(_PROPOSAL):
                 raise InvalidArgumentError(f"{name}={value:#x} has bits that the proposal does not").with_hint(
@@ -540,11 +532,7 @@ def check_max_pages(max_pages: int | None) -> int:
     """What C takes for *max_pages*: 0 is no limit."""
     if max_pages is None:
         return 0
-    try:
-        count = operator.index(max_pages)
-    except TypeError as error:
-        error.add_note(f"hint: max_pages={max_pages!r}: give a whole number of pages, or None for all")
-        raise
+    count = whole_number(max_pages, f"max_pages={max_pages!r}: give a whole number of pages, or None for all")
     if count < 1:
         raise InvalidArgumentError(f"max_pages={count} asks for no page").with_hint("give at least 1, or None for all")
     return min(count, _MOST_PAGES)

@@ -18,7 +18,6 @@ holds, reading it ends with a snapshot or an error, and memory is allocated only
 from __future__ import annotations
 
 import hashlib
-import operator
 import os
 import stat
 from contextlib import contextmanager, suppress
@@ -32,7 +31,7 @@ import attrs
 
 from pagemapcompat import _kernel
 from pagemapcompat.errors import InvalidArgumentError, MissingPackageError, SnapshotFileError
-from pagemapcompat.memory import PAGE_SHIFT, USER_END, AddressRange, page_size
+from pagemapcompat.memory import PAGE_SHIFT, USER_END, AddressRange, page_size, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -146,11 +145,8 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
 def read(path: StrPath, max_bytes: int | None) -> Loaded:
     """See `Snapshot.load`."""
     path = os.fsdecode(path)
-    try:
-        max_bytes = None if max_bytes is None else operator.index(max_bytes)
-    except TypeError as error:
-        error.add_note(f"hint: max_bytes={max_bytes!r}: give a whole number of bytes, or None for all")
-        raise
+    if max_bytes is not None:
+        max_bytes = whole_number(max_bytes, f"max_bytes={max_bytes!r}: give a whole number of bytes, or None for all")
     # Without O_NONBLOCK, opening a FIFO waits for its writer.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
         status = os.fstat(file.fileno())

@@ -185,6 +185,8 @@ class DirtyTracker:
 
         UnsupportedError: No backend works on this kernel, or none gives *require*.
 
+        KernelError: Whether one works could not be found out, for lack of descriptors or memory (EMFILE, ENOMEM).
+
     Attributes:
         selection: The backend that was chosen, its guarantees, and why each better one was not.
     """

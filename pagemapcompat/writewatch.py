@@ -25,7 +25,7 @@ from pagemapcompat import _kernel
 from pagemapcompat.abi import Feature, PageCategory
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError, KernelError, PagemapCompatError
 from pagemapcompat.mappings import Mapping, own_mappings
-from pagemapcompat.memory import AddressRange, page_size
+from pagemapcompat.memory import AddressRange, page_size, whole_number
 from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import probe
 from pagemapcompat.results import ScanResult
@@ -633,11 +633,7 @@ def _all_mappings(memory: AddressRange) -> list[Mapping]:
 def _protection(value: int) -> int:
     # Machines have protections of their own, so that which there are is the kernel's to say.
     hint = "or together mmap.PROT_READ, PROT_WRITE and PROT_EXEC; or give 0"
-    try:
-        protection = operator.index(value)
-    except TypeError as error:
-        error.add_note(f"hint: protection={value!r}: {hint}")
-        raise
+    protection = whole_number(value, f"protection={value!r}: {hint}")
     if not 0 <= protection < 1 << 31:
         raise InvalidArgumentError(f"protection={protection:#x} is none of mprotect(2)").with_hint(hint)
     return protection

@@ -268,7 +268,7 @@ def test_wrong_types(bystander: Bystander) -> None:
         (lambda: DirtyTracker(require="EXACT"), "Guarantee.EXACT"),  # type: ignore[arg-type]
         (lambda: pagemap.scan(memory, None), "ScanQuery"),  # type: ignore[arg-type]
         (lambda: ScanQuery(report="present"), "PageCategory.PRESENT"),  # type: ignore[arg-type]
-        (lambda: ScanQuery.from_proposal(1, "2", 0, 1), "'2': it knows WRITTEN 1"),  # type: ignore[arg-type]
+        (lambda: ScanQuery.from_proposal(1, "2", 0, 1), "anyof='2': it knows WRITTEN 1"),  # type: ignore[arg-type]
         (lambda: Snapshot.load("nowhere", max_bytes="5"), "max_bytes='5'"),  # type: ignore[arg-type]
         (lambda: watch.commit(watch.base, PAGE, "rw"), "protection='rw'"),  # type: ignore[arg-type]
     ]
