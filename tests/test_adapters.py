@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import attrs
-import numpy as np
 import pytest
 from conftest import PAGE, PRIVATE, Flavour, need_shared, private
 from unicorn import (
@@ -281,12 +280,6 @@ def part_of(tracker: DirtyTracker) -> Snapshot:
 
 
 # -- Translated code -------------------------------------------------------------------------------------------
-
-
-def test_a_length_may_be_numpys(tracker: DirtyTracker) -> None:
-    """An integer is a length, whoever made it."""
-    guest = machine(tracker)
-    assert len(guest.map(RAM, np.int64(2 * PAGE))) == 2 * PAGE
 
 
 @pytest.mark.kernel

@@ -7,8 +7,10 @@ import random
 import numpy as np
 import pytest
 from conftest import PAGE, Flavour, pages_of, private, run_child, write
+from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
 
 from pagemapcompat import AlignmentError, DirtyTracker, NotTrackableError, PageCategory
+from pagemapcompat.unicorn import TrackedGuest
 
 
 def test_regions_as_an_array_without_a_copy(tracker: DirtyTracker) -> None:
@@ -204,3 +206,9 @@ def test_numpy_is_never_needed(flavour: Flavour) -> None:
         flavour.backend,
     )
     assert printed.splitlines() == ["numpy is refused here", "False"]
+
+
+def test_a_guests_memory_may_have_numpys_length(tracker: DirtyTracker) -> None:
+    """An integer is a length, whoever made it."""
+    guest = TrackedGuest(Uc(UC_ARCH_X86, UC_MODE_64), tracker)
+    assert len(guest.map(1 << 30, np.int64(2 * PAGE))) == 2 * PAGE
