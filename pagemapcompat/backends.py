@@ -592,9 +592,10 @@ class PagemapScanBackend(Backend):
 class UffdWpBackend(Backend):
     """Pagemap words and UFFDIO_WRITEPROTECT, with a fault thread in C. Since Linux 5.7.
 
-    A writer sleeps until the fault thread has un-protected its page, once per page and collect. As long as there is one
-    writer the thread ties itself to that one's CPU, within those that it was given; a real-time thread that takes that
-    CPU keeps it waiting. PAGEMAPCOMPAT_DISABLE=uffd-thread-id leaves it to the scheduler.
+    A writer sleeps until the fault thread has un-protected its page, once per page and collect. Made on two CPUs, a
+    tracker has a fault thread on each; else there is one, which as long as it has one writer ties itself to that one's
+    CPU, within those that it was given. A real-time thread that takes such a CPU keeps it waiting.
+    PAGEMAPCOMPAT_DISABLE=uffd-thread-id has one, and leaves it to the scheduler.
     """
 
     name = "uffd-wp"
@@ -622,13 +623,18 @@ class UffdWpBackend(Backend):
             features |= UffdFeature.WP_HUGETLBFS_SHMEM
         if self._marks_empty:
             features |= UffdFeature.WP_UNPOPULATED
-        # Whom the fault thread follows, to a CPU that a real-time thread may then take: without a limit, for ever.
-        if self._report.supports(Feature.UFFD_THREAD_ID) and self._report.limits.real_time_limit is not False:
+        if self._may_tie:
             features |= UffdFeature.THREAD_ID
         return features
 
+    @property
+    def _may_tie(self) -> bool:
+        # A real-time thread may take the CPU that a fault thread is tied to: without a limit, for ever.
+        return self._report.supports(Feature.UFFD_THREAD_ID) and self._report.limits.real_time_limit is not False
+
     def _abilities(self) -> int:
-        return super()._abilities() & ~(0 if self._marks_empty else _kernel.CAN_MARK_EMPTY)
+        abilities = super()._abilities() & ~(0 if self._marks_empty else _kernel.CAN_MARK_EMPTY)
+        return abilities | (_kernel.CAN_TIE if self._may_tie else 0)
 
 
 BACKENDS: Final[tuple[type[Backend], ...]] = (PagemapScanBackend, UffdWpBackend)

@@ -67,6 +67,8 @@ static struct entry entries[] = {
 	BY_REQUEST(syscall, 0, SYS_gettid),
 	BY_REQUEST(syscall, 0, SYS_process_vm_readv),
 	BY_REQUEST(syscall, 0, SYS_process_vm_writev),
+	BY_REQUEST(syscall, 0, SYS_sched_getscheduler),
+	BY_REQUEST(syscall, 0, SYS_sched_setscheduler),
 	BY_REQUEST(syscall, 0, SYS_userfaultfd),
 	BY_REQUEST(syscall, 2, FUTEX_WAIT_BITSET_PRIVATE),
 	BY_REQUEST(syscall, 2, FUTEX_WAIT_PRIVATE),

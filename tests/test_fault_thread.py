@@ -149,7 +149,7 @@ def test_a_lost_descriptor_ends_the_fault_thread(uffd_wp: Flavour, way: Callable
         tracker = uffd_wp.tracker()
         ram = tracker.track(memory)
         (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
-        (fault_thread,) = set(os.listdir("/proc/self/task")) - threads
+        fault_threads = set(os.listdir("/proc/self/task")) - threads
         way(uffd)
         write(memory, 1)
         if way is by_a_silent_pipe:
@@ -157,7 +157,7 @@ def test_a_lost_descriptor_ends_the_fault_thread(uffd_wp: Flavour, way: Callable
             with pytest.raises((FaultThreadError, KernelError)):
                 ram.collect()
         else:
-            while os.path.exists(f"/proc/self/task/{fault_thread}"):
+            while fault_threads & set(os.listdir("/proc/self/task")):
                 os.sched_yield()  # a thread that never ends is the hang that this child's time limit catches
             with pytest.raises(FaultThreadError):
                 ram.collect()
@@ -176,10 +176,10 @@ def test_after_the_fault_thread_every_call_fails(uffd_wp: Flavour) -> None:
         tracker = uffd_wp.tracker()
         ram = tracker.track(memory)
         (uffd,) = descriptors("anon_inode:[userfaultfd]") - before
-        (fault_thread,) = set(os.listdir("/proc/self/task")) - threads
+        fault_threads = {f"/proc/self/task/{thread}" for thread in set(os.listdir("/proc/self/task")) - threads}
         os.close(uffd)
         write(memory, 1)
-        while os.path.exists(f"/proc/self/task/{fault_thread}"):
+        while any(map(os.path.exists, fault_threads)):
             os.sched_yield()  # and nothing is opened, which would get the number that was closed
         for call in (ram.peek, ram.collect, ram.reset, ram.unprotect, ram.rearm, tracker.statistics):
             with pytest.raises(FaultThreadError, match="errno 9") as caught:
@@ -230,13 +230,13 @@ def test_the_fault_thread_takes_no_signal(uffd_wp: Flavour) -> None:
     """All of them are blocked in it: signals of the program reach the program's own threads."""
     threads = set(os.listdir("/proc/self/task"))
     with uffd_wp.tracker():
-        (thread,) = set(os.listdir("/proc/self/task")) - threads
-        with open(f"/proc/self/task/{thread}/status", encoding="ascii") as status:
-            blocked = next(line.split()[1] for line in status if line.startswith("SigBlk:"))
-        with open(f"/proc/self/task/{thread}/comm", encoding="ascii") as name:
-            assert name.read().startswith("pagemapcompat"[:15])
-    for number in (1, 2, 10, 14, 15):
-        assert int(blocked, 16) >> (number - 1) & 1
+        started = set(os.listdir("/proc/self/task")) - threads
+        assert started == {str(thread) for thread in fault_threads()}
+        for thread in started:
+            with open(f"/proc/self/task/{thread}/status", encoding="ascii") as status:
+                blocked = next(line.split()[1] for line in status if line.startswith("SigBlk:"))
+            for number in (1, 2, 10, 14, 15):
+                assert int(blocked, 16) >> (number - 1) & 1
 
 
 def stack_of_this_thread() -> AddressRange:
@@ -322,31 +322,104 @@ def two_cpus() -> list[int]:
     return cpus[:2]
 
 
+def fault_threads() -> list[int]:
+    """The thread ids of those in this process."""
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError):  # one that has ended may be listed for a moment
+            if name_of(task) == "pagemapcompat":
+                found.append(int(task))
+    return found
+
+
 def fault_thread() -> int:
-    """The thread id of the only one in this process. One that has ended may be listed for a moment."""
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            found = [int(task) for task in os.listdir("/proc/self/task") if name_of(task) == "pagemapcompat"]
-            if len(found) == 1:
-                return found[0]
+    """The thread id of the only one."""
+    while len(found := fault_threads()) != 1:
+        os.sched_yield()
+    return found[0]
+
+
+@contextlib.contextmanager
+def on_cpus(*cpus: int) -> Iterator[None]:
+    """With no others for this thread, and for those that it starts."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    yield
+    os.sched_setaffinity(0, before)
 
 
 @contextlib.contextmanager
 def followed(flavour: Flavour, memory: AddressRange) -> Iterator[tuple[TrackedRange, int]]:
-    """Memory that is tracked, and the thread that serves its faults."""
-    with flavour.tracker() as tracker:
-        yield tracker.track(memory), fault_thread()
+    """Memory that is tracked, and the thread that serves its faults: the only one, as on a machine of many CPUs."""
+    with on_cpus(min(os.sched_getaffinity(0))):
+        tracker = flavour.tracker()
+    with tracker:
+        thread = fault_thread()
+        os.sched_setaffinity(thread, os.sched_getaffinity(0))
+        with tracker.track(memory) as ram:
+            yield ram, thread
 
 
 def write_from(cpu: int, memory: AddressRange, ram: TrackedRange) -> None:
     """Write to each page for the first time since it was protected, on one CPU: more faults than between two looks."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {cpu})
-    for _ in range(4):
-        ram.reset()
-        for address in range(memory.start, memory.end, PAGE):
-            libc.fill(address)
-    os.sched_setaffinity(0, before)
+    with on_cpus(cpu):
+        for _ in range(4):
+            ram.reset()
+            for address in range(memory.start, memory.end, PAGE):
+                libc.fill(address)
+
+
+def test_one_beside_each_writer(uffd_wp: Flavour, two_cpus: list[int]) -> None:
+    """Each of two CPUs has one that stays there, and takes no time from who keeps it busy."""
+
+    def check() -> None:
+        with on_cpus(*two_cpus), uffd_wp.tracker():
+            first, second = fault_threads()
+            while (
+                {*os.sched_getaffinity(first), *os.sched_getaffinity(second)} != set(two_cpus)
+                or len(os.sched_getaffinity(first)) + len(os.sched_getaffinity(second)) != 2
+                or {os.sched_getscheduler(first), os.sched_getscheduler(second)} != {os.SCHED_BATCH}
+            ):
+                os.sched_yield()  # they go there themselves; one that does not is caught by the child's time limit
+
+    in_child(check)
+
+
+def test_one_for_all_writers(uffd_wp: Flavour, two_cpus: list[int]) -> None:
+    """On another number of CPUs, where it may run on any of them."""
+    for cpus in ({two_cpus[0]}, os.sched_getaffinity(0)):
+        if len(cpus) != 2:
+            with on_cpus(*cpus), uffd_wp.tracker():
+                assert os.sched_getaffinity(fault_thread()) == cpus
+                assert os.sched_getscheduler(fault_thread()) == os.SCHED_OTHER
+
+
+def test_two_at_once_at_one_page(uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]) -> None:
+    """Once their stores are through nobody opens the page again: a collect has it, and the next has nothing."""
+    memory = area(4)
+
+    def check() -> None:
+        with on_cpus(*two_cpus), uffd_wp.tracker() as tracker:
+            ram, together = tracker.track(memory), threading.Barrier(3)
+
+            def store() -> None:
+                for _ in range(rounds(2000)):
+                    together.wait()
+                    libc.fill(memory.start, len(ram))
+                    together.wait()
+
+            crew = Crew()
+            crew.add(store)
+            crew.add(store)
+            for _ in range(rounds(2000)):
+                together.wait()
+                seen = pages_of(ram.collect())
+                together.wait()
+                assert seen | pages_of(ram.collect()) == {0, 1, 2, 3}
+                assert not pages_of(ram.collect())
+            crew.join()
+
+    in_child(check)
 
 
 def test_it_runs_where_its_writer_does(
@@ -398,8 +471,10 @@ def test_it_stays_on_the_cpus_it_was_given(
     memory, (first, second) = area(64), two_cpus
 
     def check() -> None:
-        os.sched_setaffinity(0, {first})
-        with followed(uffd_wp, memory) as (ram, thread):
+        with on_cpus(first):
+            tracker = uffd_wp.tracker()
+        with tracker:
+            ram, thread = tracker.track(memory), fault_thread()
             write_from(second, memory, ram)
             assert os.sched_getaffinity(thread) == {first}
             os.sched_setaffinity(thread, {first, second})
@@ -440,14 +515,16 @@ def test_a_cpu_that_cannot_be_had(uffd_wp: Flavour, two_cpus: list[int], tmp_pat
     program = f"""
         import ctypes, os
         from conftest import AddressRange, PAGE, libc
-        from test_fault_thread import fault_thread, write_from
+        from test_fault_thread import fault_thread, on_cpus, write_from
         from pagemapcompat import DirtyTracker
         memory = AddressRange.from_length(libc.mmap(64 * PAGE), 64 * PAGE)
         refusals = ctypes.c_int.in_dll(ctypes.CDLL(None), "refusals")
         first, second = {two_cpus}
-        with DirtyTracker("uffd-wp") as tracker:
-            ram, thread = tracker.track(memory), fault_thread()
-            given = os.sched_getaffinity(thread)
+        with on_cpus(first):
+            tracker = DirtyTracker("uffd-wp")
+        with tracker:
+            ram, thread, given = tracker.track(memory), fault_thread(), os.sched_getaffinity(0)
+            os.sched_setaffinity(thread, given)
             write_from(first, memory, ram)
             assert os.sched_getaffinity(thread) == {{first}}
             refusals.value = 1 << 30
@@ -469,8 +546,7 @@ def test_a_file_in_the_place_of_ours(uffd_wp: Flavour, area: Callable[..., Addre
     memory = area(64)
 
     def check() -> None:
-        with uffd_wp.tracker() as tracker:
-            ram = tracker.track(memory)
+        with followed(uffd_wp, memory) as (ram, _):
             (fd,) = (int(name) for name in os.listdir("/proc/self/fd") if is_of_a_thread(name))
             reader, writer = os.pipe()
             os.dup2(writer, fd)
@@ -482,7 +558,6 @@ def test_a_file_in_the_place_of_ours(uffd_wp: Flavour, area: Callable[..., Addre
                         assert len(pages_of(ram.collect())) == 64
             os.write(fd, b"mine")
             assert os.read(reader, 4) == b"mine"
-            ram.close()
 
     in_child(check)
 
@@ -504,10 +579,10 @@ def test_it_stays_where_real_time_has_no_limit(
     def check() -> None:
         monkeypatch.setattr(limits, "_text", lambda path: "-1" if path.name == "sched_rt_runtime_us" else text(path))
         assert probe(refresh=True).limits.real_time_limit is False
-        with followed(uffd_wp, memory) as (ram, thread):
-            given = os.sched_getaffinity(thread)
+        with on_cpus(*two_cpus), uffd_wp.tracker() as tracker:
+            ram, thread = tracker.track(memory), fault_thread()
             write_from(two_cpus[1], memory, ram)
-            assert os.sched_getaffinity(thread) == given
+            assert os.sched_getaffinity(thread) == set(two_cpus)
 
     in_child(check)
 

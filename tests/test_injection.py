@@ -104,6 +104,8 @@ ERRNOS = {
     "SYS_gettid": (),  # never fails
     "SYS_process_vm_readv": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
     "SYS_process_vm_writev": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
+    "SYS_sched_getscheduler": (EPERM,),
+    "SYS_sched_setscheduler": (EINVAL, EPERM),
     "SYS_userfaultfd": (EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EPERM),
     "FUTEX_WAIT_BITSET_PRIVATE": (EAGAIN, EINTR, ETIMEDOUT),
     "FUTEX_WAIT_PRIVATE": (EAGAIN, EINTR),
@@ -134,9 +136,10 @@ ERRNOS = {
 }
 """Sources: the manual pages, and fs/userfaultfd.c, mm/userfaultfd.c and fs/proc/task_mmu.c of 5.10 to 6.18."""
 
-OWN = {"read": (EAGAIN, EFAULT, EINTR), "pread": (EINTR, ENOMEM, ESRCH)}
-"""Where the fault thread is told something else than others are. Source: fs/userfaultfd.c, userfaultfd_read;
-fs/proc/base.c, proc_single_show."""
+OWN = {"read": (EAGAIN, EFAULT, EINTR), "pread": (EINTR, ENOMEM, ESRCH), "UFFDIO_WAKE": ()}
+"""Where a fault thread is told something else than others are. Waking whoever waits at one page never fails, and is all
+that there is: UNREGISTER wakes only who waits for a missing page. Source: fs/userfaultfd.c, userfaultfd_read,
+userfaultfd_wake, userfaultfd_unregister; fs/proc/base.c, proc_single_show."""
 
 LATE = {
     AFTERWARDS: {
@@ -928,8 +931,14 @@ def ending(stage: Stage) -> None:
 
 
 def following(stage: Stage) -> None:
-    """The fault thread follows the thread that made the tracker."""
-    stage.ready()
+    """The only fault thread follows the thread that made the tracker."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    stage.open()
+    os.sched_setaffinity(0, cpus)
+    stage.track()
+    for task in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(task), cpus)
     with stage.fault():
         for _ in range(4):
             stage.write(*WRITABLE)

@@ -1,4 +1,4 @@
-// The fault thread: resolves the write faults of a synchronous userfaultfd.
+// The fault threads: one, or one for each of two CPUs (follow.c), resolve the write faults of a synchronous userfaultfd.
 //
 // Why a thread, and why in C. A thread that stores into a protected page sleeps in the kernel until somebody
 // un-protects it. A Python thread that does so with ram[i] = 1 sleeps holding the GIL, so whoever resolves it must need
@@ -7,10 +7,10 @@
 //  - memory: the tracker's own pages, this thread's own stack. None of it can be tracked (pmc_range_create refuses).
 //  - one lock, fault_lock, which others hold only around system calls that touch nothing but the tracker's own pages.
 //  - system calls: read, pread, ioctl, futex, and those that tie it to a CPU (follow.c).
-// If one of these fails there is nobody left to wake the writers, so everything is unregistered first, which wakes them
-// and lets their stores through untracked; the next call on the tracker fails loudly.
+// If one of these fails a message may have been read that nobody answers, so everything is unregistered, which wakes the
+// writers and lets their stores through untracked; then all threads end, and the next call on the tracker fails loudly.
 //
-// The thread lives from pmc_tracker_create to pmc_tracker_close, with all signals blocked. It does not survive a fork.
+// The threads live from pmc_tracker_create to pmc_tracker_close, with all signals blocked. They do not survive a fork.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -37,60 +37,100 @@ static void log_write(struct pmc_tracker *tracker, uint64_t address)
 		}
 }
 
-struct stretch {
-	uint64_t start;
-	uint64_t end;
-};
-
-// Un-protects the page at *address* and wakes whoever waits there. *ret: where it woke them. 0 or -errno.
-static int resolve(struct pmc_tracker *tracker, uint64_t address, struct stretch *ret)
+static bool contains(const struct stretch *stretch, uint64_t address)
 {
-	uint64_t size = page_size_of(tracker);
-	uint64_t page = align_down(address, size);
-	int rc;
+	return address >= stretch->start && address < stretch->end;
+}
 
+// Whether the writer at *address*, whose message was read after so many answers, may have been woken by a later one.
+// Who waited for its message for longer than answers are kept does not know.
+static bool may_be_answered(const struct pmc_tracker *tracker, unsigned long long answers, uint64_t address)
+{
+	unsigned long long now = atomic_load(&tracker->answered);
+	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++)
+		if (contains(&tracker->fault_threads[i].opening, address))
+			return true;
+	if (now - answers > PMC_ANSWERS)
+		return true;
+	for (; answers < now; answers++)
+		if (contains(&tracker->answers[answers % PMC_ANSWERS], address))
+			return true;
+	return false;
+}
+
+// Un-protects *page*, and wakes whoever waits there. In hugetlb memory that is made whole huge pages, as is accepted. 0
+// or -errno.
+static int open_page(struct pmc_tracker *tracker, struct stretch *page)
+{
+	struct stretch whole = *page;
+	int rc;
 	// Logging and un-protecting are one step for a collector, else it could take the log and protect in between:
 	// the page would end up open and unlogged.
-	pmc_fair_lock(&tracker->fault_lock);
-	log_write(tracker, page);
-	atomic_fetch_add_explicit(&tracker->faults, 1, memory_order_relaxed); // before its writer wakes, and asks
-	rc = pmc_uffd_writeprotect(tracker->uffd, page, page + size, 0);
-	// In hugetlb memory only whole huge pages are accepted.
-	while (rc == -EINVAL && size << 1) {
-		size <<= 1;
-		page = align_down(address, size);
-		rc = pmc_uffd_writeprotect(tracker->uffd, page, page + size, 0);
+	bool logs = !(tracker->abilities & PMC_CAN_SEE_MARKS);
+	if (logs) {
+		pmc_fair_lock(&tracker->fault_lock);
+		log_write(tracker, page->start);
 	}
-	pmc_fair_unlock(&tracker->fault_lock);
-	// The mapping went away, or lost its registration: the writer must look again.
-	if (rc == -ENOENT || rc == -EINVAL) {
-		size = page_size_of(tracker);
-		page = align_down(address, size);
-		rc = pmc_uffd_wake(tracker->uffd, page, page + size);
+	for (uint64_t size = page_size_of(tracker);; size <<= 1) {
+		whole.start = align_down(page->start, size);
+		whole.end = whole.start + size;
+		rc = pmc_uffd_writeprotect(tracker->uffd, whole.start, whole.end, 0);
+		if (rc != -EINVAL || !(size << 1))
+			break;
 	}
-	*ret = (struct stretch){ page, page + size };
+	if (logs)
+		pmc_fair_unlock(&tracker->fault_lock);
+	if (!rc)
+		*page = whole;
 	return rc;
 }
 
-static bool contains(const struct stretch *spans, size_t count, uint64_t address)
+// Answers a message that was read after *answers* answers. 0 or -errno.
+//
+// The message of a writer that has been woken is worth nothing: by now its page may have been collected, and opened
+// again would be one that was written. Two may write to one page, and the messages of both be read before one is
+// answered. So a page that is being opened, or was since the message was read, is not opened: its writer looks again.
+static int resolve(struct fault_thread *self, unsigned long long answers, uint64_t address)
 {
-	for (size_t i = 0; i < count; i++)
-		if (address >= spans[i].start && address < spans[i].end)
-			return true;
-	return false;
+	struct pmc_tracker *tracker = self->tracker;
+	uint64_t size = page_size_of(tracker);
+	struct stretch page = { align_down(address, size), align_down(address, size) + size };
+
+	pmc_fair_lock(&tracker->answers_lock);
+	bool answered = may_be_answered(tracker, answers, address);
+	if (!answered)
+		self->opening = page;
+	pmc_fair_unlock(&tracker->answers_lock);
+	if (answered)
+		return pmc_uffd_wake(tracker->uffd, page.start, page.end);
+
+	atomic_fetch_add_explicit(&tracker->faults, 1, memory_order_relaxed); // before its writer wakes, and asks
+	int rc = open_page(tracker, &page);
+	pmc_fair_lock(&tracker->answers_lock);
+	tracker->answers[atomic_fetch_add(&tracker->answered, 1) % PMC_ANSWERS] = page;
+	self->opening = (struct stretch){ 0 };
+	pmc_fair_unlock(&tracker->answers_lock);
+	// The mapping went away, or lost its registration: the writer must look again.
+	return rc == -ENOENT || rc == -EINVAL ? pmc_uffd_wake(tracker->uffd, page.start, page.end) : rc;
+}
+
+static bool is_bell(const struct pmc_tracker *tracker, uint64_t address)
+{
+	uint64_t bells = (uint64_t)(uintptr_t)tracker->bells;
+	return address >= bells && address < bells + PMC_FAULT_THREADS * page_size_of(tracker);
 }
 
 // Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it
 // was called with, so a descriptor that somebody closes or replaces under us makes the next ioctl fail, while poll
 // would go to sleep on whatever has the number now, and keep the old file, its registrations and their writers with it
-// (seen on 6.18).
-static int serve(struct pmc_tracker *tracker)
+// (seen on 6.18). A thread that still reads the old file then keeps it; the one that found out rings for it.
+static int serve(struct fault_thread *self)
 {
+	struct pmc_tracker *tracker = self->tracker;
 	struct uffd_msg messages[MESSAGES];
-	struct stretch woken[MESSAGES];
 
 	for (;;) {
-		size_t answers = 0;
+		unsigned long long answers = atomic_load(&tracker->answered);
 		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
 		if (got < 0 && (errno == EINTR || errno == EAGAIN))
 			continue;
@@ -101,141 +141,177 @@ static int serve(struct pmc_tracker *tracker)
 			return -EBADF;
 		size_t count = (size_t)got / sizeof(*messages);
 		uint32_t writer = messages[0].arg.pagefault.thread_id;
+		bool stop = false;
 		for (size_t i = 0; i < count; i++) {
 			if (messages[i].event != UFFD_EVENT_PAGEFAULT)
 				return -EBADF;
 			if (messages[i].arg.pagefault.thread_id != writer)
 				writer = 0;
-			uint64_t address = messages[i].arg.pagefault.address;
-			// Its writer was woken with the one before, and may be through: by now the page may have been
-			// collected, and opening it again would make it one that was written. A message that is not
-			// read yet goes with its writer.
-			if (contains(woken, answers, address))
-				continue;
-			int rc = resolve(tracker, address, &woken[answers++]);
-			if (rc || align_down(address, page_size_of(tracker)) == (uint64_t)(uintptr_t)tracker->bell)
+			int rc = resolve(self, answers, messages[i].arg.pagefault.address);
+			if (rc)
 				return rc;
+			stop |= is_bell(tracker, messages[i].arg.pagefault.address);
 		}
+		if (stop)
+			return 0;
 		pmc_follow(tracker, writer);
 	}
 }
 
 static void *fault_thread(void *arg)
 {
-	struct pmc_tracker *tracker = arg;
-	int rc = serve(tracker);
-	if (rc) {
-		atomic_store(&tracker->fault_errno, -rc);
-		pmc_fair_lock(&tracker->fault_lock);
-		for (struct pmc_range *range = tracker->ranges; range; range = range->next)
-			pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
-		pmc_fair_unlock(&tracker->fault_lock);
-	}
-	// Also after an answer, which may have been only to look again.
-	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
-	pmc_unregister_all(tracker, &tracker->thread_vmas, bell, bell + page_size_of(tracker));
-	atomic_store(&tracker->thread_ended, 1);
-	syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+	struct fault_thread *self = arg;
+	struct pmc_tracker *tracker = self->tracker;
+	size_t size = page_size_of(tracker);
+	uint64_t bells = (uint64_t)(uintptr_t)tracker->bells;
+	pmc_settle(self->cpu);
+	int rc = serve(self);
+	int none = 0;
+	if (rc) // the first says why
+		atomic_compare_exchange_strong(&tracker->fault_errno, &none, -rc);
+	pmc_fair_lock(&tracker->fault_lock);
+	for (struct pmc_range *range = tracker->ranges; rc && range; range = range->next)
+		pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
+	// Of the last one, also after an answer, which may have been only to look again.
+	bool last = --tracker->fault_threads_serving == 0;
+	if (last)
+		pmc_unregister_all(tracker, &tracker->thread_vmas, bells, bells + PMC_FAULT_THREADS * size);
+	pmc_fair_unlock(&tracker->fault_lock);
+	// The other one would wait for ever, and if the descriptor is lost hold on to the file and to its writers.
+	if (rc && !last)
+		*tracker->bells = 1;
+	atomic_fetch_sub(&tracker->fault_threads_left, 1);
+	syscall(SYS_futex, &tracker->fault_threads_left, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 	return NULL;
 }
 
-// The bell is a protected page of our own. Writing to it is a fault like any other, so it gets the thread out of its
-// read; and as the thread ends only after it has answered it, whoever rings is never left standing.
-static int hang_bell(struct pmc_tracker *tracker)
+// A bell is a protected page of our own, and there is one for each thread. Writing to it is a fault like any other, so
+// it gets a thread out of its read; and as that ends only after it has answered it, whoever rings is never left
+// standing.
+static int hang_bells(struct pmc_tracker *tracker)
 {
 	uint64_t ioctls, size = page_size_of(tracker);
 	tracker->operation = "mmap";
-	tracker->bell = pmc_pages_alloc(size);
-	if (!tracker->bell)
+	tracker->bells = pmc_pages_alloc(PMC_FAULT_THREADS * size);
+	if (!tracker->bells)
 		return -ENOMEM;
-	*tracker->bell = 0; // an empty page cannot be protected everywhere
-	uint64_t bell = (uint64_t)(uintptr_t)tracker->bell;
+	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++)
+		tracker->bells[i * size] = 0; // an empty page cannot be protected everywhere
+	uint64_t bells = (uint64_t)(uintptr_t)tracker->bells;
 	tracker->operation = "UFFDIO_REGISTER";
-	int rc = pmc_uffd_register(tracker->uffd, bell, bell + size, &ioctls);
+	int rc = pmc_uffd_register(tracker->uffd, bells, bells + PMC_FAULT_THREADS * size, &ioctls);
 	if (rc)
 		return rc;
 	tracker->operation = "UFFDIO_WRITEPROTECT";
-	return pmc_uffd_writeprotect(tracker->uffd, bell, bell + size, UFFDIO_WRITEPROTECT_MODE_WP);
+	return pmc_uffd_writeprotect(tracker->uffd, bells, bells + PMC_FAULT_THREADS * size,
+				     UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
 // glibc is told of the upper half. It refuses one that does not hold what it puts there, the thread-local storage of
 // the program and its libraries, and 2 KiB more (nptl/allocatestack.c); the lower half is there in case that is all it
 // leaves.
-static int start_on_stack(struct pmc_tracker *tracker, size_t size)
+static int start_on_stack(struct fault_thread *self, size_t size)
 {
+	struct pmc_tracker *tracker = self->tracker;
 	pthread_attr_t attr;
 	sigset_t all, before;
 	tracker->operation = "mmap";
-	tracker->stack_size = 2 * size;
-	tracker->stack = pmc_pages_alloc(2 * size);
-	if (!tracker->stack)
+	self->stack_size = 2 * size;
+	self->stack = pmc_pages_alloc(2 * size);
+	if (!self->stack)
 		return -ENOMEM;
 	tracker->operation = "pthread_create";
 	int rc = pthread_attr_init(&attr);
 	if (rc)
 		return -rc;
 	sigfillset(&all);
-	rc = pthread_attr_setstack(&attr, (char *)tracker->stack + size, size);
+	rc = pthread_attr_setstack(&attr, (char *)self->stack + size, size);
 	if (!rc)
 		rc = pthread_sigmask(SIG_SETMASK, &all, &before);
 	if (!rc) {
-		rc = pthread_create(&tracker->thread, &attr, fault_thread, tracker);
+		rc = pthread_create(&self->thread, &attr, fault_thread, self);
 		pthread_sigmask(SIG_SETMASK, &before, NULL);
 	}
 	pthread_attr_destroy(&attr);
 	return -rc;
 }
 
-int pmc_fault_thread_start(struct pmc_tracker *tracker)
+static int start(struct pmc_tracker *tracker, struct fault_thread *self)
 {
-	pmc_follower_start(&tracker->follower);
-	tracker->operation = "fcntl";
-	int flags = fcntl(tracker->uffd, F_GETFL);
-	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))
-		return -errno;
-	int rc = hang_bell(tracker);
-	if (rc)
-		return rc;
 	size_t size = STACK_SIZE;
-	while ((rc = start_on_stack(tracker, size)) == -EINVAL && size < STACK_LIMIT) {
-		pmc_pages_free(tracker->stack, tracker->stack_size);
+	int rc;
+	self->tracker = tracker;
+	while ((rc = start_on_stack(self, size)) == -EINVAL && size < STACK_LIMIT) {
+		pmc_pages_free(self->stack, self->stack_size);
 		size *= 2;
 	}
 	if (rc)
 		return rc;
-	tracker->thread_started = true;
 	// A name for debuggers; failing to set it harms nothing.
-	(void)pthread_setname_np(tracker->thread, "pagemapcompat");
+	(void)pthread_setname_np(self->thread, "pagemapcompat");
+	return 0;
+}
+
+int pmc_fault_threads_start(struct pmc_tracker *tracker)
+{
+	unsigned count = pmc_place(tracker);
+	tracker->operation = "fcntl";
+	int flags = fcntl(tracker->uffd, F_GETFL);
+	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))
+		return -errno;
+	int rc = hang_bells(tracker);
+	if (rc)
+		return rc;
+	tracker->fault_threads_serving = tracker->fault_threads_left = count;
+	for (unsigned i = 0; i < count; i++) {
+		rc = start(tracker, &tracker->fault_threads[i]);
+		if (rc) {
+			const char *operation = tracker->operation;
+			pmc_fair_lock(&tracker->fault_lock);
+			tracker->fault_threads_serving -= count - i;
+			pmc_fair_unlock(&tracker->fault_lock);
+			atomic_fetch_sub(&tracker->fault_threads_left, count - i);
+			pmc_fault_threads_stop(tracker);
+			tracker->operation = operation;
+			return rc;
+		}
+		tracker->fault_thread_count++;
+	}
 	return 0;
 }
 
 // Not by a join with a time limit: the C libraries share none but by the clock that people set, and a limit by that is
 // over at once, or never.
-static bool has_ended(struct pmc_tracker *tracker)
+static bool have_ended(struct pmc_tracker *tracker, unsigned left)
 {
 	struct timespec limit;
 	long rc;
 	clock_gettime(CLOCK_MONOTONIC, &limit);
 	limit.tv_sec += STOP_SECONDS;
 	do
-		rc = syscall(SYS_futex, &tracker->thread_ended, FUTEX_WAIT_BITSET_PRIVATE, 0, &limit, NULL,
+		rc = syscall(SYS_futex, &tracker->fault_threads_left, FUTEX_WAIT_BITSET_PRIVATE, left, &limit, NULL,
 			     FUTEX_BITSET_MATCH_ANY);
-	while (!atomic_load(&tracker->thread_ended) && (!rc || errno != ETIMEDOUT));
-	return atomic_load(&tracker->thread_ended);
+	while ((left = atomic_load(&tracker->fault_threads_left)) && (!rc || errno != ETIMEDOUT));
+	return !left;
 }
 
-void pmc_fault_thread_stop(struct pmc_tracker *tracker)
+void pmc_fault_threads_stop(struct pmc_tracker *tracker)
 {
-	if (!tracker->thread_started)
+	unsigned count = tracker->fault_thread_count;
+	if (!count)
 		return;
-	tracker->thread_started = false;
-	*tracker->bell = 1;
-	if (has_ended(tracker)) {
-		pthread_join(tracker->thread, NULL);
-		return;
+	tracker->fault_thread_count = 0;
+	for (unsigned i = 0; i < count; i++)
+		tracker->bells[i * page_size_of(tracker)] = 1;
+	bool ended = have_ended(tracker, count);
+	for (unsigned i = 0; i < count; i++) {
+		if (ended)
+			pthread_join(tracker->fault_threads[i].thread, NULL);
+		else
+			pthread_detach(tracker->fault_threads[i].thread);
 	}
-	// It reads a file that somebody put in the place of ours, and may do so for ever. It keeps the memory it stands
-	// on.
-	atomic_fetch_add(&tracker->references, 1);
-	pthread_detach(tracker->thread);
+	// One reads a file that somebody put in the place of ours, and may do so for ever. It keeps the memory it
+	// stands on.
+	if (!ended)
+		atomic_fetch_add(&tracker->references, 1);
 }

@@ -1,12 +1,21 @@
-// Where the fault thread runs.
+// Where the fault threads run.
 //
-// If the fault thread runs on its writer's CPU a fault takes two switches of context. If not, each has to wake the
+// If a fault thread runs on its writer's CPU a fault takes two switches of context. If not, each has to wake the
 // other's CPU, which takes up to 10 times as long where that is idle, or a virtual one; and the scheduler leaves the
-// thread wherever it was. So while there is one writer the thread looks where that runs, and ties itself to the CPU. A
-// look takes about as long as a fault: the first comes after LOOK_FIRST faults, the next after twice as many, in the
-// end each LOOK_EVERY. A writer that has moved at each look is left alone, and so are several that take turns. The
-// thread stays on the CPUs that it was given: those of the thread that made the tracker, or what somebody sets later,
-// unless that is the very CPU it is tied to, which looks the same.
+// thread wherever it was.
+//
+// Where a tracker is made on two CPUs, each has a fault thread of its own. Every message wakes both, and the one beside
+// the writer is nearly always first; the other one keeps the scheduler from taking its CPU for an idle one, to which it
+// would send the writer as it wakes (kernel/sched/fair.c: select_idle_sibling). They are SCHED_BATCH, so that the one
+// that is not needed takes no time from a program that keeps its CPU busy.
+//
+// On more CPUs each message would wake them all. There is one thread then, and while it has one writer it looks where
+// that runs, and ties itself to the CPU. A look takes about as long as a fault: the first comes after LOOK_FIRST
+// faults, the next after twice as many, in the end each LOOK_EVERY. A writer that has moved at each look is left alone,
+// and so are several that take turns.
+//
+// The threads stay on the CPUs that they were given: those of the thread that made the tracker, or what somebody sets
+// later, unless that is the very CPU one is tied to, which looks the same.
 //
 // Where a thread is, /proc tells. To open a file there takes a lock of its directory, which a thread may hold that
 // waits for this one; reading a file that is open takes none but its own (fs/proc/array.c: do_task_stat, 5.10 to 6.18).
@@ -28,9 +37,8 @@
 #define LOOK_EVERY 32
 #define MOVES 4 // in a row: it is moved whenever it wakes
 #define REST 5000 // faults without a look, after that
-#define NO_CPU UINT32_MAX
 
-// ---- Whose file is open -----------------------------------------------------------------------------------------
+// ---- Before they are started ------------------------------------------------------------------------------------
 
 static int open_stat(uint32_t thread)
 {
@@ -38,6 +46,36 @@ static int open_stat(uint32_t thread)
 	snprintf(path, sizeof(path), "/proc/self/task/%u/stat", thread);
 	return open(path, O_RDONLY | O_CLOEXEC);
 }
+
+static void follower_start(struct follower *follower)
+{
+	// Whoever makes a tracker is likely to be a writer; and so there is one descriptor from the first to the last.
+	follower->known = (uint32_t)syscall(SYS_gettid);
+	follower->stat = open_stat(follower->known);
+	follower->wait = LOOK_FIRST;
+	follower->cpu = PMC_NO_CPU;
+}
+
+unsigned pmc_place(struct pmc_tracker *tracker)
+{
+	struct cpus given = { 0 }; // the kernel fills in as many as it has
+	unsigned count = 0;
+	bool tied = tracker->abilities & PMC_CAN_TIE && !sched_getaffinity(0, sizeof(given), (cpu_set_t *)&given);
+	for (uint32_t cpu = 0; tied && cpu < PMC_CPUS; cpu++) {
+		if (!bit_test(given.bits, cpu))
+			continue;
+		if (count < PMC_FAULT_THREADS)
+			tracker->fault_threads[count].cpu = cpu;
+		count++;
+	}
+	if (count > 1 && count <= PMC_FAULT_THREADS)
+		return count;
+	tracker->fault_threads[0].cpu = PMC_NO_CPU;
+	follower_start(&tracker->follower);
+	return 1;
+}
+
+// ---- Whose file is open -----------------------------------------------------------------------------------------
 
 // The file of a thread says its number first. One that does not is somebody else's, put in the place of ours.
 static bool is_of(const char *text, uint32_t thread)
@@ -55,15 +93,6 @@ static bool is_ours(int stat, uint32_t thread)
 		return errno == ESRCH;
 	text[got] = 0;
 	return is_of(text, thread);
-}
-
-void pmc_follower_start(struct follower *follower)
-{
-	// Whoever makes a tracker is likely to be a writer; and so there is one descriptor from the first to the last.
-	follower->known = (uint32_t)syscall(SYS_gettid);
-	follower->stat = open_stat(follower->known);
-	follower->wait = LOOK_FIRST;
-	follower->cpu = NO_CPU;
 }
 
 void pmc_find_writer(struct pmc_tracker *tracker)
@@ -85,7 +114,7 @@ void pmc_find_writer(struct pmc_tracker *tracker)
 		close(old);
 }
 
-// ---- In the fault thread ------------------------------------------------------------------------------------------
+// ---- In the fault threads ------------------------------------------------------------------------------------------
 
 // The CPU that a thread last ran on, by "tid (name) state ...": the name may hold anything, and processor is the 37th
 // field behind it (proc_pid_stat(5)).
@@ -94,14 +123,14 @@ static uint32_t parse_cpu(const char *text)
 	const char *at = strrchr(text, ')');
 	for (int field = 0; field < 37 && at; field++)
 		at = strchr(at + 1, ' ');
-	unsigned long cpu = at ? strtoul(at, NULL, 10) : NO_CPU;
-	return cpu < PMC_CPUS ? (uint32_t)cpu : NO_CPU;
+	unsigned long cpu = at ? strtoul(at, NULL, 10) : PMC_NO_CPU;
+	return cpu < PMC_CPUS ? (uint32_t)cpu : PMC_NO_CPU;
 }
 
 static uint32_t look(struct pmc_tracker *tracker, uint32_t thread)
 {
 	struct follower *follower = &tracker->follower;
-	uint32_t cpu = NO_CPU;
+	uint32_t cpu = PMC_NO_CPU;
 	char text[1024];
 	pmc_fair_lock(&tracker->fault_lock);
 	if (follower->known != thread) {
@@ -121,20 +150,33 @@ static uint32_t look(struct pmc_tracker *tracker, uint32_t thread)
 	return cpu;
 }
 
-// Ties the thread to a CPU, or with NO_CPU no more. What fails leaves it tied, or not, as it was, and is tried again.
+void pmc_settle(uint32_t cpu)
+{
+	struct cpus tied = { 0 };
+	struct sched_param no_priority = { 0 };
+	if (cpu == PMC_NO_CPU)
+		return;
+	bit_set(tied.bits, cpu);
+	// A thread that cannot be had there, or not so, serves wherever it is.
+	(void)sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied);
+	if (syscall(SYS_sched_getscheduler, 0) == SCHED_OTHER) // not what whoever made the tracker has chosen
+		(void)syscall(SYS_sched_setscheduler, 0, SCHED_BATCH, &no_priority);
+}
+
+// Ties the thread to a CPU, or with PMC_NO_CPU no more. What fails leaves it tied, or not, as it was, and is tried again.
 static void tie(struct follower *follower, uint32_t cpu)
 {
 	struct cpus now = { 0 }, tied = { 0 }; // the kernel fills in as many as it has
 	if (cpu == follower->cpu || sched_getaffinity(0, sizeof(now), (cpu_set_t *)&now))
 		return;
 	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
-	if (follower->cpu != NO_CPU)
+	if (follower->cpu != PMC_NO_CPU)
 		bit_set(tied.bits, follower->cpu);
 	if (memcmp(&now, &tied, sizeof(now)) != 0) {
 		follower->given = now;
-		follower->cpu = NO_CPU;
+		follower->cpu = PMC_NO_CPU;
 	}
-	if (cpu != NO_CPU && bit_test(follower->given.bits, cpu)) {
+	if (cpu != PMC_NO_CPU && bit_test(follower->given.bits, cpu)) {
 		memset(&tied, 0, sizeof(tied));
 		bit_set(tied.bits, cpu);
 		if (!sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied)) {
@@ -142,15 +184,17 @@ static void tie(struct follower *follower, uint32_t cpu)
 			return;
 		}
 	}
-	if (follower->cpu != NO_CPU && !sched_setaffinity(0, sizeof(now), (cpu_set_t *)&follower->given))
-		follower->cpu = NO_CPU;
+	if (follower->cpu != PMC_NO_CPU && !sched_setaffinity(0, sizeof(now), (cpu_set_t *)&follower->given))
+		follower->cpu = PMC_NO_CPU;
 }
 
 void pmc_follow(struct pmc_tracker *tracker, uint32_t thread)
 {
 	struct follower *follower = &tracker->follower;
+	if (tracker->fault_threads[0].cpu != PMC_NO_CPU)
+		return;
 	if (thread != follower->thread) {
-		tie(follower, NO_CPU);
+		tie(follower, PMC_NO_CPU);
 		follower->thread = thread;
 		follower->faults = follower->moves = 0;
 		follower->wait = LOOK_FIRST;
@@ -167,7 +211,7 @@ void pmc_follow(struct pmc_tracker *tracker, uint32_t thread)
 	} else if (++follower->moves < MOVES) {
 		follower->wait = LOOK_FIRST;
 	} else {
-		tie(follower, NO_CPU);
+		tie(follower, PMC_NO_CPU);
 		follower->moves = 0;
 		follower->wait = REST;
 	}

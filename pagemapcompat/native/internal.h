@@ -14,6 +14,9 @@
 #define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64
 #define PMC_VECTOR (8 * PMC_REGIONS) // regions of one call of an engine: a call for each 512 takes 0.4 us more
 #define PMC_CPUS 8192 // at most; with more the fault thread stays where it is
+#define PMC_NO_CPU UINT32_MAX
+#define PMC_FAULT_THREADS 2 // of a tracker, at most
+#define PMC_ANSWERS 32 // that the fault threads remember: as many as all of them read messages at a time
 #define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
 #define PMC_WORDS ((32 << 10) / sizeof(uint64_t)) // 32 KiB of pagemap words: from 16 on reading gets no faster
 
@@ -181,7 +184,7 @@ struct pmc_range {
 	size_t bits_size; // of each array below, which one mapping holds, and of a cursor's
 	uint64_t *quiet; // could carry no mark when last protected (empty, or a guard page), and was reported as such
 	bool quiet_used;
-	uint64_t *log; // written, by the fault thread; under fault_lock; NULL where pagemap shows marks
+	uint64_t *log; // written, by the fault threads; under fault_lock; NULL where pagemap shows marks
 	size_t bare_size;
 	uint64_t *bare; // blocks of scan.c with nothing in them, and no mark; NULL where there are none
 };
@@ -196,11 +199,25 @@ struct pmc_cursor {
 	uint64_t last_count; // regions of its last answer
 };
 
+struct stretch {
+	uint64_t start;
+	uint64_t end;
+};
+
 struct cpus {
 	uint64_t bits[PMC_CPUS / 64];
 };
 
-// How the fault thread follows its writer: see follow.c.
+struct fault_thread {
+	struct pmc_tracker *tracker;
+	pthread_t thread;
+	void *stack;
+	size_t stack_size;
+	uint32_t cpu; // that it is tied to for good, or PMC_NO_CPU
+	struct stretch opening; // the page that it un-protects at this moment; under answers_lock
+};
+
+// How the fault thread follows its writer, where there is one alone: see follow.c.
 struct follower {
 	atomic_uint wanted; // the thread whose file is to be opened, or 0
 	uint32_t known; // whose was; under fault_lock
@@ -218,7 +235,7 @@ struct pmc_tracker {
 	atomic_int references;
 	int uffd;
 	int pagemap;
-	volatile char *bell; // a page whose fault tells the fault thread to end
+	volatile char *bells; // pages, each of whose faults tells a fault thread to end
 	uint32_t abilities;
 	uint32_t page_shift;
 	bool closed;
@@ -227,15 +244,17 @@ struct pmc_tracker {
 	void *unreadable; // a page that nobody may read
 	atomic_uint *alive; // 1; a page that the kernel zeroes in a forked child (MADV_WIPEONFORK)
 
-	struct fair_lock fault_lock; // between the fault thread and whoever needs pages to stay protected
+	struct fair_lock fault_lock; // between the fault threads and whoever needs pages to stay protected
 	struct pmc_range *ranges; // under fault_lock
-	bool thread_started;
-	pthread_t thread;
-	atomic_uint thread_ended; // 1: it waits for nothing any more
-	void *stack;
-	size_t stack_size;
-	atomic_int fault_errno; // not 0: the fault thread has ended
+	struct fault_thread fault_threads[PMC_FAULT_THREADS];
+	unsigned fault_thread_count; // that were started, and not stopped
+	unsigned fault_threads_serving; // under fault_lock
+	atomic_uint fault_threads_left; // that wait for something
+	atomic_int fault_errno; // not 0: a fault thread has ended, and nothing is registered any more
 	atomic_ullong faults;
+	struct fair_lock answers_lock; // between fault threads, and held over no system call
+	atomic_ullong answered; // pages that were opened; grows under answers_lock
+	struct stretch answers[PMC_ANSWERS]; // where, the last ones; under answers_lock
 	struct follower follower;
 
 	uint64_t scans;
@@ -248,7 +267,7 @@ struct pmc_tracker {
 	struct page_region halves[2][PMC_REGIONS / 2]; // likewise
 	uint64_t words[PMC_WORDS];
 	struct vmas vmas;
-	struct vmas thread_vmas; // the fault thread's own
+	struct vmas thread_vmas; // the fault threads' own; under fault_lock
 };
 
 static inline uint64_t page_size_of(const struct pmc_tracker *tracker)
@@ -307,18 +326,20 @@ void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *befor
 
 // -- follow.c -----------------------------------------------------------------------------------------------
 
-// Before the fault thread is started.
-void pmc_follower_start(struct follower *follower);
+// Where fault threads are to run, before any is started. Returns how many there are to be.
+unsigned pmc_place(struct pmc_tracker *tracker);
+// Ties the calling fault thread to its CPU, if it has one.
+void pmc_settle(uint32_t cpu);
 // Opens what the fault thread has to read to follow its writer, if it has asked. Under the mutex; not in the fault
 // thread.
 void pmc_find_writer(struct pmc_tracker *tracker);
-// After the faults of *thread*, or 0 for several. In the fault thread alone.
+// After the faults of *thread*, or 0 for several. In the fault thread, where there is one alone.
 void pmc_follow(struct pmc_tracker *tracker, uint32_t thread);
 
 // -- fault.c ------------------------------------------------------------------------------------------------
 
-int pmc_fault_thread_start(struct pmc_tracker *tracker);
-void pmc_fault_thread_stop(struct pmc_tracker *tracker);
+int pmc_fault_threads_start(struct pmc_tracker *tracker);
+void pmc_fault_threads_stop(struct pmc_tracker *tracker);
 
 // -- owed.c; all under the tracker's mutex ----------------------------------------------------------------------
 

@@ -37,6 +37,7 @@
 #define PMC_CAN_POPULATE (1u << 7) // MADV_POPULATE_READ
 #define PMC_CAN_GUARD (1u << 8) // MADV_GUARD_INSTALL: pages exist that cannot carry a mark
 #define PMC_CAN_SEE_GUARDS (1u << 9) // pagemap bit 58 shows them
+#define PMC_CAN_TIE (1u << 10) // a fault thread that is tied to a CPU is not kept from it for good
 
 // Kinds of memory; bits of pmc_range_kinds().
 #define PMC_KIND_ANON (1u << 0) // private anonymous

@@ -16,10 +16,13 @@ static bool overlaps(uint64_t start, uint64_t end, const void *pages, size_t siz
 static bool is_own_memory(const struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 {
 	if (overlaps(start, end, tracker, sizeof(*tracker)) ||
-	    overlaps(start, end, tracker->stack, tracker->stack_size) ||
 	    overlaps(start, end, tracker->alive, page_size_of(tracker)) ||
-	    overlaps(start, end, (const void *)tracker->bell, tracker->bell ? page_size_of(tracker) : 0))
+	    overlaps(start, end, (const void *)tracker->bells,
+		     tracker->bells ? PMC_FAULT_THREADS * page_size_of(tracker) : 0))
 		return true;
+	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++)
+		if (overlaps(start, end, tracker->fault_threads[i].stack, tracker->fault_threads[i].stack_size))
+			return true;
 	for (const struct pmc_range *range = tracker->ranges; range; range = range->next) {
 		if (overlaps(start, end, range, sizeof(*range)) ||
 		    overlaps(start, end, range->quiet, 2 * range->bits_size) ||

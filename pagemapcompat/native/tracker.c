@@ -91,9 +91,10 @@ void pmc_tracker_put(struct pmc_tracker *tracker)
 {
 	if (atomic_fetch_sub(&tracker->references, 1) != 1)
 		return;
-	pmc_pages_free(tracker->stack, tracker->stack_size);
+	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++)
+		pmc_pages_free(tracker->fault_threads[i].stack, tracker->fault_threads[i].stack_size);
 	pmc_pages_free(tracker->alive, page_size_of(tracker));
-	pmc_pages_free((void *)tracker->bell, page_size_of(tracker));
+	pmc_pages_free((void *)tracker->bells, PMC_FAULT_THREADS * page_size_of(tracker));
 	pmc_pages_free(tracker->unreadable, page_size_of(tracker));
 	pmc_pages_free(tracker->copier, tracker->copier_size);
 	pmc_pages_free(tracker, sizeof(*tracker));
@@ -115,7 +116,7 @@ static void close_descriptors(struct pmc_tracker *tracker)
 	pmc_vmas_close(&tracker->thread_vmas);
 }
 
-// Makes what belongs to a new tracker, and starts its thread.
+// Makes what belongs to a new tracker, and starts its threads.
 static int set_up(struct pmc_tracker *tracker)
 {
 	bool query = tracker->abilities & PMC_CAN_QUERY_MAPS;
@@ -137,7 +138,7 @@ static int set_up(struct pmc_tracker *tracker)
 	uint64_t alive = (uint64_t)(uintptr_t)tracker->alive;
 	rc = pmc_madvise(alive, alive + page_size_of(tracker), PMC_MADV_WIPEONFORK);
 	atomic_store(tracker->alive, 1);
-	return rc || pmc_is_async(tracker) ? rc : pmc_fault_thread_start(tracker);
+	return rc || pmc_is_async(tracker) ? rc : pmc_fault_threads_start(tracker);
 }
 
 int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config, struct pmc_result *result)
@@ -190,7 +191,7 @@ int pmc_tracker_close(struct pmc_tracker *tracker)
 			int failed = pmc_range_close_locked(tracker->ranges);
 			rc = rc ? rc : failed;
 		}
-		pmc_fault_thread_stop(tracker);
+		pmc_fault_threads_stop(tracker);
 		// Somebody closed our descriptor, and its number may be anybody's now. The kernel let go of everything
 		// with it.
 		if (rc == -EBADF || rc == -ENOTTY || is_of_another_file(atomic_load(&tracker->fault_errno))) {
