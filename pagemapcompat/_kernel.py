@@ -120,6 +120,7 @@ TELLABLE: int = lib.PMC_TELLABLE
 ENGAGE: int = lib.PMC_ENGAGE
 
 KEEP: int = lib.PMC_KEEP
+KEEP_ASYNC: int = lib.PMC_KEEP_ASYNC
 """Regions, at most, of an answer whose memory is kept to be used again."""
 
 MADV_POPULATE_READ: int = lib.PMC_MADV_POPULATE_READ
@@ -473,7 +474,7 @@ def cursor_close(handle: CursorHandle) -> int:
 scan: Callable[[Any, int, int, int, int, Result], int] = lib.pmc_scan
 """Peek, or with ENGAGE collect, into a result: of a cursor (what is in its handle), start, end, max_pages and flags.
 
-Returns 0, or 1 where *result* holds more than KEEP regions.
+Returns 0, or 1 where *result* holds more regions than are kept: KEEP, on `pagemap-scan` KEEP_ASYNC.
 
 These are the C functions themselves: where memory is small, a call in between takes as long as the scan.
 """

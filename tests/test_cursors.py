@@ -291,16 +291,15 @@ def test_a_view_outlives_any_number_of_answers(tracker: DirtyTracker) -> None:
 @pytest.mark.parametrize("name", ["peek", "collect"])
 def test_a_large_answer_is_not_kept(tracker: DirtyTracker, name: str) -> None:
     """Its memory is free again once its owner has let it go; that of a small one serves the next call."""
-    memory = private(2 * _kernel.KEEP + 2)
+    most = _kernel.KEEP_ASYNC if tracker.statistics().backend == "pagemap-scan" else _kernel.KEEP
+    memory = private(2 * most + 2)
     ram = tracker.track(memory)
-    write(memory, *range(0, len(memory) // PAGE, 2))
-    answer = getattr(ram, name)()
-    assert len(answer) == _kernel.KEEP + 1
-    assert ram._attached.answers.last is not answer
-    ram.reset()
-    write(memory, 3)
-    answer = getattr(ram, name)()
-    assert ram._attached.answers.last is answer
+    for runs in (most + 1, most, 1):
+        ram.reset()
+        write(memory, *range(0, 2 * runs, 2))
+        answer = getattr(ram, name)()
+        assert len(answer) == runs
+        assert (ram._attached.answers.last is answer) == (runs <= most)
 
 
 def test_a_debugger_makes_nothing_be_filled_too_early(tracker: DirtyTracker) -> None:

@@ -424,7 +424,7 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 		tracker->pages += result->pages;
 	pmc_find_writer(tracker);
 	rc = pmc_leave(tracker, rc, result);
-	return rc ? rc : result->count > PMC_KEEP;
+	return rc ? rc : result->count > (pmc_is_async(tracker) ? PMC_KEEP_ASYNC : PMC_KEEP);
 }
 
 static int scan_all(uint32_t flags, struct pmc_result *result)

@@ -158,11 +158,10 @@ int pmc_result_unite(struct pmc_result *result, const struct pmc_result *a, cons
 	return 0;
 }
 
-// Memory stays of which little was touched.
 void pmc_result_empty(struct pmc_result *result)
 {
 	struct pmc_result empty = { .cursor = result->cursor };
-	if (result->count <= PMC_KEEP && result->capacity <= PMC_VECTOR) {
+	if (result->capacity <= PMC_KEEP_ASYNC) {
 		empty.regions = result->regions;
 		empty.capacity = result->capacity;
 	} else {

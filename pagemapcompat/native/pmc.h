@@ -52,7 +52,10 @@
 #define PMC_ENGAGE (1u << 0) // flag of pmc_scan(): write-protect what is returned
 #define PMC_REARM (1u << 1) // of pmc_range_create(): collects and resets register what has lost its registration
 
-#define PMC_KEEP 512 // regions, at most, of an answer whose memory is kept to be used again: 12 KiB
+// Regions, at most, of an answer whose memory is kept to be used again: 12 KiB, and with PMC_CAN_ASYNC, where a new one
+// takes long beside the scan, 96 KiB.
+#define PMC_KEEP 512
+#define PMC_KEEP_ASYNC 4096
 
 struct pmc_tracker;
 struct pmc_range;
@@ -164,7 +167,7 @@ void pmc_cursor_destroy(struct pmc_cursor *cursor);
 
 // Puts the written pages of [start, end) into *result*, whose memory is used again; what it held is released. At most
 // max_pages (0: all). With PMC_ENGAGE protects exactly those. Where memory for more ran out, walk_end < end. On an
-// error what was taken is in *result*, and walk_end says up to where. Returns 0, 1 for more than PMC_KEEP regions, or
+// error what was taken is in *result*, and walk_end says up to where. Returns 0, 1 for more regions than are kept, or
 // -errno.
 int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, uint32_t flags,
 	     struct pmc_result *result);
