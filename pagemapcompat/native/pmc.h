@@ -55,7 +55,7 @@
 // Regions, at most, of an answer whose memory is kept to be used again: 12 KiB, and with PMC_CAN_ASYNC, where a new one
 // takes long beside the scan, 96 KiB.
 #define PMC_KEEP 512
-#define PMC_KEEP_ASYNC 4096
+#define PMC_KEEP_ASYNC (8 * PMC_KEEP)
 
 struct pmc_tracker;
 struct pmc_range;

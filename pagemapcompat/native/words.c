@@ -285,52 +285,74 @@ static int populate_run(const struct pass *pass, uint64_t pos, uint64_t from, ui
 	return pmc_own_words_read(tracker, from, count, pass->unit_shift, words);
 }
 
-// Protects what gather() put out of [pos, stop), and remembers what could not be. -ENOENT: *stop is the untracked page.
-static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
+// The first region of the answer that reaches behind *address*.
+static uint64_t first_behind(const struct output *out, uint64_t address)
 {
-	struct pmc_range *range = pass->range;
-	struct pmc_tracker *tracker = pass->tracker;
-	struct output *out = &pass->out;
-	uint64_t index = out->count, untracked, first = min_u64(pass->late, pos), last = first;
-	int rc = 0;
-
-	while (index && out->vec[index - 1].end > first)
+	uint64_t index = out->count;
+	while (index && out->vec[index - 1].end > address)
 		index--;
-	for (uint64_t i = index; i < out->count && !rc; i++) {
+	return index;
+}
+
+// With marks: protects each run of the answer that reaches into [pos, *stop), and the one that waits. A run that may go
+// on in the next chunk waits for that. On an error *stop is where the answer ends; -ENOENT: the untracked page.
+static int protect_runs(struct pass *pass, uint64_t pos, uint64_t *stop)
+{
+	struct output *out = &pass->out;
+	uint64_t first = min_u64(pass->late, pos), untracked;
+
+	for (uint64_t i = first_behind(out, first); i < out->count; i++) {
 		uint64_t from = max_u64(out->vec[i].start, first), to = out->vec[i].end;
 		pass->late = pass->more && to == *stop && !pass->unmarkable ? from : PAST;
-		if (pass->late != PAST) {
-			last = to;
+		if (pass->late != PAST)
 			break;
+		int rc = needs_population(pass) ? populate_run(pass, pos, from, to) : 0;
+		if (!rc)
+			rc = pmc_protect(pass->tracker, from, to, pass->unit_shift, 1, &untracked);
+		if (rc) {
+			// After another error nobody knows how far it got: the run stays in the answer, protected or
+			// still written.
+			*stop = rc == -ENOENT ? untracked : to;
+			pmc_output_cut(out, *stop);
+			return rc;
 		}
-		if (needs_population(pass))
-			rc = populate_run(pass, pos, from, to);
-		if (!rc && !logs(tracker))
-			rc = pmc_protect(tracker, from, to, pass->unit_shift, 1, &untracked);
-		// After another error nobody knows how far it got: the run stays in the answer, protected or still
-		// written.
-		last = rc == -ENOENT ? untracked : to;
 	}
-	// What is done stays done: an untracked page among it is the next call's.
-	if (logs(tracker) && !rc && *stop > pos) {
-		rc = pmc_protect(tracker, pos, *stop, pass->unit_shift, 1, &untracked);
-		last = rc == -ENOENT ? untracked : *stop;
-	}
-	// Without marks, what may be open stays in the log, and with it in the next answer instead of this one.
-	if (logs(tracker) && rc && rc != -ENOENT)
-		last = pos;
+	return 0;
+}
+
+// Without marks: protects all of [pos, *stop). On an error *stop is where the answer ends; -ENOENT: the untracked page.
+static int protect_chunk(struct pass *pass, uint64_t pos, uint64_t *stop)
+{
+	struct pmc_range *range = pass->range;
+	struct output *out = &pass->out;
+	uint64_t untracked;
+	int rc = 0;
+
+	for (uint64_t i = first_behind(out, pos); i < out->count && needs_population(pass) && !rc; i++)
+		rc = populate_run(pass, pos, max_u64(out->vec[i].start, pos), out->vec[i].end);
+	if (!rc && *stop > pos)
+		rc = pmc_protect(pass->tracker, pos, *stop, pass->unit_shift, 1, &untracked);
 	if (rc) {
-		*stop = last;
-		pmc_output_cut(out, last);
+		// What is done stays done: an untracked page among it is the next call's. After another error what may
+		// be open stays in the log, and with it in the next answer instead of this one.
+		*stop = rc == -ENOENT ? untracked : pos;
+		pmc_output_cut(out, *stop);
 	}
-	if (logs(tracker))
-		pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *stop), false);
+	pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *stop), false);
+	return rc;
+}
+
+// Protects what gather() put out of [pos, *stop), and remembers what could not be.
+static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
+{
+	const struct output *out = &pass->out;
+	int rc = (logs(pass->tracker) ? protect_chunk : protect_runs)(pass, pos, stop);
 	// Only a written page can have become unmarkable; one that was has to be looked at wherever it is.
-	if (range->quiet_used) {
+	if (pass->range->quiet_used) {
 		remember(pass, pos, pos, max_u64(pos, *stop));
 	} else if (pass->unmarkable) {
-		for (uint64_t i = index; i < out->count; i++)
-			remember(pass, pos, max_u64(out->vec[i].start, pos), max_u64(out->vec[i].end, pos));
+		for (uint64_t i = first_behind(out, pos); i < out->count; i++)
+			remember(pass, pos, max_u64(out->vec[i].start, pos), out->vec[i].end);
 	}
 	return rc;
 }
