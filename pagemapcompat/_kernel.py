@@ -270,9 +270,12 @@ def unite(a: Result, b: Result) -> Result:
 def fill_bitmap(result: Result, base: int, length: int, out: Buffer) -> int:
     """Set the bit of each page, counted from *base*, and return how many there are.
 
-    Below 0: *out* cannot be written, or has less than a bit for each page of *length* bytes.
+    Below 0: *out* cannot be written, is of bools, or has less than a bit for each page of *length* bytes.
     """
     try:
+        with memoryview(out) as view:
+            if view.format == "?":
+                return -1
         bits = _from_buffer(_BYTES, out, _WRITABLE)
     except (BufferError, TypeError, ValueError):
         return -1

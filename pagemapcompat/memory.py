@@ -53,7 +53,7 @@ def whole_number(value: SupportsIndex, hint: str) -> int:
 
 
 def _address(value: SupportsIndex) -> int:
-    return operator.index(value)
+    return whole_number(value, f"{value!r} is no address; give whole numbers of bytes")
 
 
 @attrs.frozen(order=True)
@@ -82,7 +82,7 @@ class AddressRange:
     @classmethod
     def from_length(cls, address: SupportsIndex, length: SupportsIndex) -> Self:
         """The *length* bytes from *address* on."""
-        address, length = operator.index(address), operator.index(length)
+        address, length = _address(address), _address(length)
         if length < 0:
             raise InvalidArgumentError(f"length {length} is negative").with_hint("give the number of bytes")
         return cls(address, address + length)

@@ -6,10 +6,25 @@ import contextlib
 import operator
 import os
 import threading
-from errno import EACCES, EBADF, EBADMSG, EFAULT, EINVAL, EISDIR, ENOENT, ENOTTY, EOPNOTSUPP, EPERM, ESPIPE, ESRCH
+from errno import (
+    EACCES,
+    EBADF,
+    EBADMSG,
+    EFAULT,
+    EINVAL,
+    EISDIR,
+    EMFILE,
+    ENFILE,
+    ENOENT,
+    ENOTTY,
+    EOPNOTSUPP,
+    EPERM,
+    ESPIPE,
+    ESRCH,
+)
 from pathlib import Path
 from struct import iter_unpack
-from typing import TYPE_CHECKING, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Literal, NoReturn, Self, SupportsIndex
 
 import attrs
 
@@ -52,6 +67,10 @@ _LOST_FILE_HINT = (
 
 
 def _mask(value: int) -> PageCategory:
+    if isinstance(value, EntryFlag):
+        error = TypeError(f"{value!r} is a bit of a pagemap word, and no category")
+        error.add_note("hint: give PageCategory.PRESENT, or several joined by |")
+        raise error
     value = whole_number(value, f"{value!r}: give PageCategory.PRESENT, or several joined by |")
     if not 0 <= value < 1 << 64:
         raise InvalidArgumentError(f"{value:#x} is no mask of categories").with_hint(
@@ -155,8 +174,11 @@ class PagemapEntry:
     swap: tuple[int, int] | None
 
     @classmethod
-    def decode(cls, word: int) -> Self:
-        """Decode a word. Pure."""
+    def decode(cls, word: SupportsIndex) -> Self:
+        """Decode a word, of 64 bits. Pure."""
+        word = whole_number(word, f"{word!r}: give a word of /proc/PID/pagemap, as a whole number")
+        if not 0 <= word < 1 << 64:
+            raise InvalidArgumentError(f"{word:#x} is no word of 64 bits").with_hint("read it as an unsigned one")
         flags = EntryFlag(word & ~PFN_MASK)
         payload = word & PFN_MASK
         if flags & EntryFlag.PRESENT:
@@ -240,12 +262,11 @@ class Pagemap:
         TargetGoneError: There is no such process, or it has no memory (ESRCH, ENOENT).
     """
 
-    def __init__(self, pid: int | Literal["self"] = "self") -> None:
+    def __init__(self, pid: SupportsIndex | Literal["self"] = "self") -> None:
         self._files: _Files | None = None
-        if pid != "self" and (isinstance(pid, bool) or not isinstance(pid, int) or pid <= 0):
-            raise InvalidArgumentError(f"{pid!r} is not a process id").with_hint('give a positive number, or "self"')
+        pid = _checked(pid)
         self._owner = os.getpid() if _is_own(pid) else None
-        self.pid = pid
+        self.pid: int | Literal["self"] = pid
         files = _Files()
         try:
             files.process = self._open("pagemap", None)
@@ -285,9 +306,17 @@ class Pagemap:
     def open_file(self, name: str) -> int:
         """Open /proc/PID/*name* of this process, to be read. The descriptor is the caller's.
 
+        It is of the process, also when that has come to run another program since.
+
         Raises:
+            InvalidArgumentError: *name* leads out of the directory.
+
+            KernelError: There is no such file (ENOENT).
+
             AccessError, TargetGoneError, ClosedError: As for the object itself.
         """
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            raise InvalidArgumentError(f"{name!r} is no file of a process").with_hint('give "smaps", "task/1/stat"')
         files = self._used()
         try:
             return self._open(name, files.process)
@@ -320,6 +349,10 @@ class Pagemap:
             number = error.errno or 0
             if number == ESRCH and process is not None:
                 raise _no_memory(self.pid, f"open {path}") from error
+            if number == ENOENT and process is not None and _is_there(process):
+                raise KernelError.make(
+                    number, f"open {path}", "a process has no such file here", hint="proc_pid(5) lists them"
+                ) from error
             if number in (ENOENT, ESRCH):
                 raise TargetGoneError.make(
                     ESRCH, f"open {path}", f"there is no process {self.pid}", hint="it ended, or /proc is not mounted"
@@ -331,7 +364,8 @@ class Pagemap:
                     else "it belongs to another user or is protected: CAP_SYS_PTRACE is needed"
                 )
                 raise AccessError.make(number, f"open {path}", os.strerror(number), hint=hint) from error
-            raise KernelError.make(number, f"open {path}", os.strerror(number)) from error
+            remedy = "see ulimit -n" if number in (EMFILE, ENFILE) else None
+            raise KernelError.make(number, f"open {path}", os.strerror(number), hint=remedy) from error
 
     def _check_memory(self, fd: int) -> None:
         # The pagemap of a zombie or kernel thread opens too. Its words are none; the ioctl on it is, on some kernels up
@@ -346,6 +380,10 @@ class Pagemap:
     def close(self) -> None:
         """Close the descriptors, once the calls that run in other threads have ended. Idempotent."""
         self._files = None
+
+    def __reduce__(self) -> NoReturn:
+        """Neither copied nor pickled: a copy's end would close its descriptors."""
+        raise TypeError(f"the Pagemap of {self.pid} cannot be copied; open another")
 
     def __enter__(self) -> Self:
         """Return the object itself."""
@@ -448,7 +486,7 @@ class Pagemap:
                     )
         if number == ESRCH:
             raise TargetGoneError.make(
-                ESRCH, operation, f"process {self.pid} has no memory any more", range=asked, hint="the process ended"
+                ESRCH, operation, f"process {self.pid} has no memory any more", range=asked, hint=_GONE_HINT
             )
         if number == EFAULT:
             raise _beyond(asked)
@@ -497,10 +535,31 @@ class Pagemap:
         finally:
             del files
         if not is_there:
-            raise TargetGoneError.make(ESRCH, operation, "no memory there", range=asked, hint="the process ended")
+            raise TargetGoneError.make(ESRCH, operation, "no memory there", range=asked, hint=_GONE_HINT)
         if not words:
             raise _beyond(asked)
         return words
+
+
+_GONE_HINT = "the process ended, or runs another program now"
+
+
+def _checked(pid: SupportsIndex | Literal["self"]) -> int | Literal["self"]:
+    if pid == "self":
+        return "self"
+    number = -1 if isinstance(pid, (bool, str)) or not hasattr(pid, "__index__") else operator.index(pid)
+    if number <= 0:
+        raise InvalidArgumentError(f"{pid!r} is not a process id").with_hint('give a positive number, or "self"')
+    return number
+
+
+def _is_there(process: int) -> bool:
+    """Whether a directory of /proc is still that of a process."""
+    try:
+        os.stat("stat", dir_fd=process)
+    except OSError:
+        return False
+    return True
 
 
 def _is_own(pid: int | str) -> bool:

@@ -112,7 +112,11 @@ class ScanResult(Sequence[PageRegion]):
         """One region, or a list of them."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
+        try:
+            position = range(len(self))[index]
+        except (IndexError, TypeError) as error:
+            error.add_note(f"hint: this result has {len(self)} regions; give a whole number below that, or a slice")
+            raise
         start, end, categories = self.as_u64()[3 * position : 3 * position + 3]
         return PageRegion(start, end, _category(categories))
 
@@ -161,7 +165,8 @@ class ScanResult(Sequence[PageRegion]):
         Clears none. Returns the number of pages in the result.
 
         Raises:
-            InvalidArgumentError: *out* is read-only, or has less than a bit for each page of the tracked memory.
+            InvalidArgumentError: *out* is read-only, is of bools, or has less than a bit for each page of the tracked
+                memory.
         """
         pages = _kernel.fill_bitmap(self._result, self._base, self._length, out)
         if pages < 0:
@@ -176,6 +181,10 @@ class ScanResult(Sequence[PageRegion]):
             error.add_note(f"hint: give a bytearray({needed})")
             raise
         with view:
+            if view.format == "?":
+                raise InvalidArgumentError(f"{type(out).__name__} of bools is no bitmap").with_hint(
+                    f"give np.zeros({needed}, np.uint8); np.unpackbits(it, bitorder='little') makes bools of it"
+                )
             if view.readonly or not view.c_contiguous:
                 raise InvalidArgumentError(f"{type(out).__name__} cannot be written as a bitmap").with_hint(
                     f"give a bytearray({needed})"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, NoReturn, SupportsIndex, TypeVar
 
 from pagemapcompat import _kernel, snapshot_files
 from pagemapcompat.abi import Guarantee
@@ -17,7 +16,7 @@ from pagemapcompat.errors import (
     PagemapCompatError,
     RestoreError,
 )
-from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size
+from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size, whole_number
 from pagemapcompat.results import ScanResult
 
 if TYPE_CHECKING:
@@ -64,6 +63,12 @@ class Snapshot:
     def __repr__(self) -> str:
         """For people."""
         return f"<Snapshot of {self.range}: {self.pages} pages{'' if self._image else ', dropped'}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Neither copied, for it never changes, nor pickled."""
+        raise TypeError(
+            f"{self!r} cannot be copied or pickled; save() writes it to a file, which load() reads anywhere"
+        )
 
     def __len__(self) -> int:
         """Bytes of memory, as its owner saw it."""
@@ -142,8 +147,9 @@ class Snapshot:
 
             ClosedError: It was dropped.
         """
-        first = operator.index(start)
-        last = self._length if stop is None else operator.index(stop)
+        hint = f"start={start!r}, stop={stop!r}: give whole numbers of bytes, or None for the end"
+        first = whole_number(start, hint)
+        last = self._length if stop is None else whole_number(stop, hint)
         if not 0 <= first <= last <= self._length:
             raise InvalidArgumentError(f"start={first}, stop={last} are no part of {self._length} bytes").with_hint(
                 "offsets count from the start of the memory; stop is exclusive"

@@ -21,7 +21,7 @@ import operator
 import weakref
 from bisect import bisect_right
 from numbers import Integral
-from typing import TYPE_CHECKING, Self, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 import attrs
 
@@ -32,7 +32,7 @@ from pagemapcompat.errors import (
     MissingPackageError,
     PagemapCompatError,
 )
-from pagemapcompat.memory import Memory, PinnedMemory, pin
+from pagemapcompat.memory import Memory, PinnedMemory, pin, whole_number
 from pagemapcompat.snapshots import checked
 
 if TYPE_CHECKING:
@@ -109,6 +109,10 @@ class TrackedGuest:
         self._pins: list[tuple[int, int, PinnedMemory]] = []
         weakref.finalize(uc, self._pins.clear).atexit = False
 
+    def __reduce__(self) -> NoReturn:
+        """Neither copied nor pickled: its memory is."""
+        raise TypeError(f"{self!r} cannot be copied; snapshot() keeps what it is")
+
     def __repr__(self) -> str:
         """For people."""
         regions = (f"{address:#x}+{len(ram):#x}" for address, ram in sorted(self.ranges.items()))
@@ -140,7 +144,7 @@ class TrackedGuest:
 
         Nothing is mapped or tracked after an error. Cost: that of `DirtyTracker.track`.
         """
-        address = operator.index(address)
+        address = whole_number(address, f"address={address!r}: give the guest's, as a whole number")
         if isinstance(memory, int | Integral):  # numpy's are no int; mypy's int is no Integral
             length = operator.index(memory)
             self._check(address, length, perms)
@@ -169,7 +173,7 @@ class TrackedGuest:
         Raises:
             InvalidArgumentError: No region of this guest begins there.
         """
-        address = operator.index(address)
+        address = whole_number(address, f"address={address!r}: give the guest's, as a whole number")
         ram = self._range(address)
         end = address + len(ram)
         self.forget_code([(address, end)])

@@ -7,17 +7,16 @@ pagemapcompat.writewatch import WriteWatch`.
 from __future__ import annotations
 
 import mmap
-import operator
 import os
 import sys
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from errno import EACCES, EINVAL, ENOMEM
 from itertools import chain
 from struct import iter_unpack
-from typing import TYPE_CHECKING, Self, overload
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex, overload
 
 import attrs
 
@@ -60,6 +59,10 @@ class Win32Error(IntEnum):
     ERROR_NOACCESS = 998
 
 
+def _number(name: str, value: SupportsIndex) -> int:
+    return whole_number(value, f"{name}={value!r}: give a whole number, or leave it out")
+
+
 class WrittenAddresses(Sequence[int]):
     """Where memory was written: ascending addresses, a WRITE_WATCH_GRANULARITY each.
 
@@ -96,6 +99,18 @@ class WrittenAddresses(Sequence[int]):
         """One address, or a list of them."""
         return self.as_u64()[index].tolist() if isinstance(index, slice) else self.as_u64()[index]
 
+    def __eq__(self, other: object) -> bool:
+        """Equal when the answer is."""
+        if not isinstance(other, WrittenAddresses):
+            return NotImplemented
+        return self.complete == other.complete and self.as_u64() == other.as_u64()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Callable[..., WrittenAddresses], tuple[object, ...]]:
+        """Pickle as the value it is."""
+        return _restore, (self._words.tobytes(), self._length, self._shift, self.complete)
+
     def __repr__(self) -> str:
         """For people."""
         return f"<WrittenAddresses: {len(self)}{'' if self.complete else ', perhaps not all'}>"
@@ -115,7 +130,7 @@ class WrittenAddresses(Sequence[int]):
             InvalidArgumentError: Another size, or an address that 4 bytes cannot hold.
         """
         if pointer_size not in _POINTER_SIZES:
-            raise InvalidArgumentError(f"pointer_size={pointer_size} is that of no guest").with_hint("give 4 or 8")
+            raise InvalidArgumentError(f"pointer_size={pointer_size!r} is that of no guest").with_hint("give 4 or 8")
         if pointer_size == min(_POINTER_SIZES) and self._length and self[-1] >> 32:
             raise InvalidArgumentError(f"address {self[-1]:#x} does not fit into 4 bytes").with_hint(
                 "give 8, or make the WriteWatch with the base that the guest sees"
@@ -126,6 +141,10 @@ class WrittenAddresses(Sequence[int]):
         if pointer_size == words.itemsize:
             return words.tobytes()
         return memoryview(words).cast("B").cast("I")[::2].tobytes()
+
+
+def _restore(words: bytes, length: int, shift: int, complete: bool) -> WrittenAddresses:  # noqa: FBT001 - as pickled
+    return WrittenAddresses(memoryview(words).cast("Q"), length, shift, complete=complete)
 
 
 _NOTHING = WrittenAddresses(memoryview(b"").cast("Q"), 0, 0, complete=True)
@@ -190,7 +209,7 @@ class WriteWatch:
             error.add_note("hint: give what DirtyTracker.track() returned")
             raise error
         whole = ram.range
-        self.base: int = whole.start if base is None else operator.index(base)
+        self.base: int = whole.start if base is None else _number("base", base)
         self.size: int = _up(len(ram), WRITE_WATCH_GRANULARITY)
         if self.base % WRITE_WATCH_GRANULARITY:
             error = AlignmentError(f"base={self.base:#x} is not a multiple of {WRITE_WATCH_GRANULARITY} bytes")
@@ -214,6 +233,10 @@ class WriteWatch:
     @property
     def _unit(self) -> int:
         return self._ram.granularity
+
+    def __reduce__(self) -> NoReturn:
+        """Neither copied nor pickled: a copy's end would close it."""
+        raise TypeError(f"{self!r} cannot be copied; make another WriteWatch")
 
     def __repr__(self) -> str:
         """For people."""
@@ -248,7 +271,7 @@ class WriteWatch:
         Cost: that of `Cursor.peek` or `collect`; where pages are larger than 4096 bytes, 0.5 us an address more.
         """
         asked = self._asked(base, size)
-        if count is not None and operator.index(count) < 1:
+        if count is not None and _number("count", count) < 1:
             raise InvalidArgumentError(f"count={count} asks for no address").with_hint(
                 "give at least 1, or None for all"
             )
@@ -518,8 +541,8 @@ class WriteWatch:
         return AddressRange(first - self._shift, last - self._shift)
 
     def _asked(self, base: int | None, size: int | None) -> AddressRange:
-        base = self.base if base is None else operator.index(base)
-        length = self.base + self.size - base if size is None else operator.index(size)
+        base = self.base if base is None else _number("base", base)
+        length = self.base + self.size - base if size is None else _number("size", size)
         asked = self._inside(base, length)
         if asked is None:
             given = f"base={base:#x}" if size is None else f"size={length} at {base:#x}"
@@ -537,7 +560,7 @@ class WriteWatch:
 
     def _pages(self, base: int, size: int) -> AddressRange:
         """The pages of the host that are exactly this."""
-        base = operator.index(base)
+        base = _number("base", base)
         asked = self._asked(base, size)
         start, stop = self._offsets(asked)
         whole = self._ram.range

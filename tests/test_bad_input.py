@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import time
 from contextlib import contextmanager
+from errno import ENOENT
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,6 +37,7 @@ from pagemapcompat import (
     AlreadyRegisteredError,
     ClosedError,
     DirtyTracker,
+    EntryFlag,
     FaultThreadError,
     Feature,
     Guarantee,
@@ -46,6 +48,7 @@ from pagemapcompat import (
     PageCategory,
     Pagemap,
     PagemapCompatError,
+    PagemapEntry,
     ScanQuery,
     Snapshot,
     TargetGoneError,
@@ -271,6 +274,14 @@ def test_wrong_types(bystander: Bystander) -> None:
         (lambda: ScanQuery.from_proposal(1, "2", 0, 1), "anyof='2': it knows WRITTEN 1"),  # type: ignore[arg-type]
         (lambda: Snapshot.load("nowhere", max_bytes="5"), "max_bytes='5'"),  # type: ignore[arg-type]
         (lambda: watch.commit(watch.base, PAGE, "rw"), "protection='rw'"),  # type: ignore[arg-type]
+        (lambda: watch.get("all"), "base='all'"),  # type: ignore[arg-type]
+        (lambda: WriteWatch(ram, base=1.0), "base=1.0"),  # type: ignore[arg-type]
+        (lambda: ram.snapshot().read("0"), "start='0'"),  # type: ignore[arg-type]
+        (lambda: AddressRange("0", PAGE), "'0' is no address"),  # type: ignore[arg-type]
+        (lambda: bystander.tracker.track((0, 4.0)), "4.0 is no address"),  # type: ignore[arg-type]
+        (lambda: ScanQuery(report=EntryFlag.PRESENT), "PageCategory.PRESENT"),  # type: ignore[arg-type]
+        (lambda: PagemapEntry.decode("0"), "'0': give a word"),  # type: ignore[arg-type]
+        (lambda: ram.peek()["0"], "2 regions"),  # type: ignore[call-overload]
     ]
     for call, wanted in calls:
         with pytest.raises(TypeError) as caught:
@@ -278,6 +289,9 @@ def test_wrong_types(bystander: Bystander) -> None:
         (note,) = caught.value.__notes__
         assert note.startswith("hint: ")
         assert wanted in note
+    with pytest.raises(IndexError) as beyond:
+        ram.peek()[2]
+    assert "2 regions" in beyond.value.__notes__[0]
     with pytest.raises(KeyError) as missing:
         probe().require("pagemap-scan")  # type: ignore[arg-type]
     assert "Feature('pagemap-scan')" in missing.value.__notes__[0]
@@ -291,12 +305,33 @@ def test_wrong_types(bystander: Bystander) -> None:
 @BACKENDS
 def test_copies(bystander: Bystander) -> None:
     """There are none, whose end would close the original."""
-    for original in (bystander.ram, bystander.ram.cursor(), bystander.tracker):
+    ram = bystander.ram
+    for original in (ram, ram.cursor(), bystander.tracker, Pagemap(), ram.snapshot(), WriteWatch(ram)):
         for make in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match="copied"):
                 make(original)
     wrote = write(bystander.memory, 1)
     assert pages_of(bystander.ram.collect()) == wrote
+
+
+def test_files_of_a_process() -> None:
+    """Only what is in its directory; what is not there is not the end of the process."""
+    with Pagemap() as pagemap:
+        for name in ("", "/etc/passwd", "..", "../1/maps", "task/../../1/maps"):
+            with pytest.raises(InvalidArgumentError, match=repr(name)):
+                pagemap.open_file(name)
+        with pytest.raises(KernelError, match="no such file") as caught:
+            pagemap.open_file("nothing")
+        assert caught.value.errno == ENOENT
+        assert not isinstance(caught.value, TargetGoneError)
+        os.close(pagemap.open_file(f"task/{os.getpid()}/stat"))
+
+
+@pytest.mark.parametrize("word", [-1, 1 << 64])
+def test_words_of_other_sizes(word: int) -> None:
+    """A word that was read as a signed one is not decoded into flags that nobody set."""
+    with pytest.raises(InvalidArgumentError, match="64 bits"):
+        PagemapEntry.decode(word)
 
 
 @BACKENDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 from conftest import PAGE, Flavour, pages_of, private, run_child, write
 from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
 
-from pagemapcompat import AlignmentError, DirtyTracker, NotTrackableError, PageCategory
+from pagemapcompat import (
+    AlignmentError,
+    DirtyTracker,
+    InvalidArgumentError,
+    NotTrackableError,
+    PageCategory,
+    Pagemap,
+    PagemapEntry,
+)
 from pagemapcompat.unicorn import TrackedGuest
 
 
@@ -88,6 +97,18 @@ def test_the_bitmap_may_be_of_wider_words(tracker: DirtyTracker) -> None:
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     assert set(np.flatnonzero(bits[:128]).tolist()) == wrote
     assert words[2] == 0xFFFF
+
+
+def test_a_bitmap_has_no_bools(tracker: DirtyTracker) -> None:
+    """An element a page is what they look like; filled as bits they would be wrong."""
+    memory = private(16)
+    ram = tracker.track(memory)
+    wrote, bools = write(memory, 0, 3), np.zeros(16, bool)
+    with pytest.raises(InvalidArgumentError, match="bools") as caught:
+        ram.peek().fill_bitmap(bools)
+    assert not bools.any()
+    assert "np.zeros(2, np.uint8)" in str(caught.value.hint)
+    assert pages_of(ram.collect()) == wrote
 
 
 def test_assignments_are_collected_exactly(tracker: DirtyTracker) -> None:
@@ -206,6 +227,14 @@ def test_numpy_is_never_needed(flavour: Flavour) -> None:
         flavour.backend,
     )
     assert printed.splitlines() == ["numpy is refused here", "False"]
+
+
+def test_a_process_and_a_word_may_be_numpys() -> None:
+    """As read from a file of them."""
+    with Pagemap(np.int64(os.getpid())) as pagemap:
+        assert pagemap.pid == os.getpid()
+    word = 1 << 63 | 5
+    assert PagemapEntry.decode(np.uint64(word)) == PagemapEntry.decode(word)
 
 
 def test_a_guests_memory_may_have_numpys_length(tracker: DirtyTracker) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import errno
 import itertools
 import mmap
 import os
+import pickle
 import random
 import sys
 import threading
@@ -188,6 +190,21 @@ def test_a_store_across_a_page_edge_counts_for_both(tracker: DirtyTracker) -> No
 
 
 @pytest.mark.kernel
+def test_an_answer_is_a_value(tracker: DirtyTracker) -> None:
+    """Equal when it says the same, and the same elsewhere."""
+    memory = private(8)
+    watch = WriteWatch(tracker.track(memory), base=0x10000)
+    write(memory, 1, 3)
+    first, some = watch.get(), watch.get(count=1)
+    assert first == watch.get()
+    assert first != some
+    assert first != list(first)
+    for made in (pickle.loads(pickle.dumps(first)), copy.deepcopy(first)):  # noqa: S301 - our own
+        assert made == first
+        assert list(made) == [0x11000, 0x13000]
+        assert made.complete
+
+
 def test_too_few_slots_get_the_lowest_and_reset_those_alone(tracker: DirtyTracker) -> None:
     """Also one by one, until none is left."""
     memory = private(PAGES)

@@ -1,4 +1,5 @@
-// The fault threads: one, or one for each of two CPUs (follow.c), resolve the write faults of a synchronous userfaultfd.
+// The fault threads, one, or one for each of two CPUs (follow.c): they resolve the write faults of a synchronous
+// userfaultfd.
 //
 // Why a thread, and why in C. A thread that stores into a protected page sleeps in the kernel until somebody
 // un-protects it. A Python thread that does so with ram[i] = 1 sleeps holding the GIL, so whoever resolves it must need
@@ -7,8 +8,9 @@
 //  - memory: the tracker's own pages, this thread's own stack. None of it can be tracked (pmc_range_create refuses).
 //  - one lock, fault_lock, which others hold only around system calls that touch nothing but the tracker's own pages.
 //  - system calls: read, pread, ioctl, futex, and those that tie it to a CPU (follow.c).
-// If one of these fails a message may have been read that nobody answers, so everything is unregistered, which wakes the
-// writers and lets their stores through untracked; then all threads end, and the next call on the tracker fails loudly.
+// If one of these fails a message may have been read that nobody answers, so everything is unregistered, which wakes
+// the writers and lets their stores through untracked; then all threads end, and the next call on the tracker fails
+// loudly.
 //
 // The threads live from pmc_tracker_create to pmc_tracker_close, with all signals blocked. They do not survive a fork.
 #define _GNU_SOURCE
@@ -262,7 +264,8 @@ int pmc_fault_threads_start(struct pmc_tracker *tracker)
 	int rc = hang_bells(tracker);
 	if (rc)
 		return rc;
-	tracker->fault_threads_serving = tracker->fault_threads_left = count;
+	tracker->fault_threads_serving = count;
+	tracker->fault_threads_left = count;
 	for (unsigned i = 0; i < count; i++) {
 		rc = start(tracker, &tracker->fault_threads[i]);
 		if (rc) {

@@ -163,7 +163,8 @@ void pmc_settle(uint32_t cpu)
 		(void)syscall(SYS_sched_setscheduler, 0, SCHED_BATCH, &no_priority);
 }
 
-// Ties the thread to a CPU, or with PMC_NO_CPU no more. What fails leaves it tied, or not, as it was, and is tried again.
+// Ties the thread to a CPU, or with PMC_NO_CPU no more. What fails leaves it tied, or not, as it was, and is tried
+// again.
 static void tie(struct follower *follower, uint32_t cpu)
 {
 	struct cpus now = { 0 }, tied = { 0 }; // the kernel fills in as many as it has
