@@ -28,7 +28,7 @@ typedef long (*function)(long, ...);
 #define THEM (long[]){ a, b, c, d, e, f, g }
 
 #define SYMBOLS(X) \
-	X(calloc) X(close) X(fcntl) X(free) X(ioctl) X(lseek) X(madvise) X(malloc) X(mincore) X(mmap) X(mprotect) X(mremap) \
+	X(calloc) X(close) X(fcntl) X(free) X(fstat) X(ioctl) X(lseek) X(madvise) X(malloc) X(mincore) X(mmap) X(mprotect) X(mremap) \
 	X(munlock) X(munmap) X(open) X(prctl) X(pread) X(process_vm_readv) X(pthread_attr_init) \
 	X(pthread_attr_setstack) X(pthread_create) X(pthread_setname_np) X(pwrite) X(read) X(realloc) \
 	X(sched_getaffinity) X(sched_setaffinity) X(syscall) X(sysinfo)
@@ -75,6 +75,7 @@ static struct entry entries[] = {
 	BY_REQUEST(syscall, 2, FUTEX_WAKE_PRIVATE),
 	PLAIN(calloc, NULL_POINTER),
 	PLAIN(close, MINUS_ONE),
+	PLAIN(fstat, MINUS_ONE),
 	PLAIN(lseek, MINUS_ONE),
 	PLAIN(madvise, MINUS_ONE),
 	PLAIN(malloc, NULL_POINTER),

@@ -91,7 +91,19 @@ def by_dev_zero(uffd: int) -> None:
     os.close(zero)
 
 
-WAYS = (by_closing, by_dev_null, by_a_silent_pipe, by_dev_zero)
+def by_another_userfaultfd(uffd: int) -> None:
+    """Put in its place, as when a program that closed it opens one: it may protect our memory, and wakes nobody."""
+    other = _kernel.uffd_open(0)
+    assert other >= 0
+    same = os.fstat(other).st_ino == os.fstat(uffd).st_ino
+    _kernel.uffd_handshake(other, 0)
+    os.dup2(other, uffd)
+    os.close(other)
+    if same:
+        lacking("userfaultfd-inode", "all userfaultfds have one inode", "Linux 5.12")
+
+
+WAYS = (by_closing, by_dev_null, by_a_silent_pipe, by_dev_zero, by_another_userfaultfd)
 
 
 def lose_the_descriptor(flavour: Flavour, way: Callable[[int], None]) -> int:
@@ -152,8 +164,8 @@ def test_a_lost_descriptor_ends_the_fault_thread(uffd_wp: Flavour, way: Callable
         fault_threads = set(os.listdir("/proc/self/task")) - threads
         way(uffd)
         write(memory, 1)
-        if way is by_a_silent_pipe:
-            # Nobody waits on it and it uses no time: to be found out by the next call is enough.
+        if way in (by_a_silent_pipe, by_another_userfaultfd):
+            # One may wait on it, and uses no time: to be found out by the next call is enough.
             with pytest.raises((FaultThreadError, KernelError)):
                 ram.collect()
         else:
@@ -287,6 +299,61 @@ def test_a_caller_whose_own_memory_is_tracked(uffd_wp: Flavour, where: Callable[
     in_child(check, seconds=20)
 
 
+HOLDING = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+atomic_int hold, held; // the next thread that reads a message, and whether one is held
+
+ssize_t read(int fd, void *into, size_t size)
+{
+	long rc = syscall(SYS_read, fd, into, size);
+	if (rc > 0 && syscall(SYS_gettid) != getpid() && atomic_exchange(&hold, 0)) {
+		atomic_store(&held, 1);
+		while (atomic_load(&held))
+			sched_yield();
+	}
+	return rc;
+}
+"""
+"""A fault thread that is not given time once it has read a message."""
+
+
+@pytest.mark.anywhere
+def test_a_message_that_is_read_before_the_memory_is_tracked_anew(uffd_wp: Flavour, tmp_path: Path) -> None:
+    """Its writer is through, and the page is not opened for it in the new range."""
+    program = """
+        import ctypes, os
+        from conftest import PAGE, libc, pages_of
+        from children import Crew
+        from pagemapcompat import DirtyTracker
+        own = ctypes.CDLL(None)
+        hold, held = (ctypes.c_int.in_dll(own, name) for name in ("hold", "held"))
+        memory = libc.mmap(4 * PAGE)
+        for _ in range(20):
+            with DirtyTracker("uffd-wp") as tracker:
+                crew, ram = Crew(), tracker.track((memory, 4 * PAGE))
+                hold.value = 1
+                crew.add(libc.fill, memory)
+                while not held.value:
+                    os.sched_yield()
+                ram.close()
+                crew.join()
+                ram = tracker.track((memory, 4 * PAGE))
+                assert not pages_of(ram.collect())
+                held.value = 0
+                for _ in range(50):
+                    crew.add(libc.fill, memory + 2 * PAGE)
+                    crew.join()
+                    assert pages_of(ram.collect()) == {2}
+        """
+    run_child(program, env=preloaded(HOLDING, tmp_path))
+
+
 @pytest.mark.anywhere
 @pytest.mark.parametrize("kib", [120, 254, 4096])
 def test_thread_local_storage_of_any_size(kib: int, tmp_path: Path) -> None:
@@ -344,8 +411,10 @@ def on_cpus(*cpus: int) -> Iterator[None]:
     """With no others for this thread, and for those that it starts."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
-    yield
-    os.sched_setaffinity(0, before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextlib.contextmanager
@@ -387,11 +456,15 @@ def test_one_beside_each_writer(uffd_wp: Flavour, two_cpus: list[int]) -> None:
 
 def test_one_for_all_writers(uffd_wp: Flavour, two_cpus: list[int]) -> None:
     """On another number of CPUs, where it may run on any of them."""
-    for cpus in ({two_cpus[0]}, os.sched_getaffinity(0)):
-        if len(cpus) != 2:
-            with on_cpus(*cpus), uffd_wp.tracker():
-                assert os.sched_getaffinity(fault_thread()) == cpus
-                assert os.sched_getscheduler(fault_thread()) == os.SCHED_OTHER
+
+    def check() -> None:
+        for cpus in ({two_cpus[0]}, os.sched_getaffinity(0)):
+            if len(cpus) != 2:
+                with on_cpus(*cpus), uffd_wp.tracker():
+                    assert os.sched_getaffinity(fault_thread()) == cpus
+                    assert os.sched_getscheduler(fault_thread()) == os.sched_getscheduler(0)
+
+    in_child(check)
 
 
 def test_two_at_once_at_one_page(uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]) -> None:

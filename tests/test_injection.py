@@ -104,13 +104,14 @@ ERRNOS = {
     "SYS_gettid": (),  # never fails
     "SYS_process_vm_readv": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
     "SYS_process_vm_writev": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
-    "SYS_sched_getscheduler": (EPERM,),
-    "SYS_sched_setscheduler": (EINVAL, EPERM),
+    "SYS_sched_getscheduler": (),  # of oneself
+    "SYS_sched_setscheduler": (),  # likewise, from SCHED_OTHER to SCHED_BATCH
     "SYS_userfaultfd": (EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EPERM),
     "FUTEX_WAIT_BITSET_PRIVATE": (EAGAIN, EINTR, ETIMEDOUT),
     "FUTEX_WAIT_PRIVATE": (EAGAIN, EINTR),
     "FUTEX_WAKE_PRIVATE": (),  # given an address that is there it wakes whoever waits
     "calloc": (ENOMEM,),
+    "fstat": (ENOMEM,),
     "lseek": (EINVAL, ENOMEM),
     "madvise": (EAGAIN, EFAULT, EINVAL, ENOMEM, EPERM),
     "malloc": (ENOMEM,),
@@ -136,10 +137,10 @@ ERRNOS = {
 }
 """Sources: the manual pages, and fs/userfaultfd.c, mm/userfaultfd.c and fs/proc/task_mmu.c of 5.10 to 6.18."""
 
-OWN = {"read": (EAGAIN, EFAULT, EINTR), "pread": (EINTR, ENOMEM, ESRCH), "UFFDIO_WAKE": ()}
-"""Where a fault thread is told something else than others are. Waking whoever waits at one page never fails, and is all
-that there is: UNREGISTER wakes only who waits for a missing page. Source: fs/userfaultfd.c, userfaultfd_read,
-userfaultfd_wake, userfaultfd_unregister; fs/proc/base.c, proc_single_show."""
+OWN = {"read": (EAGAIN, EFAULT, EINTR), "pread": (EINTR, ENOMEM, ESRCH), "UFFDIO_WAKE": (), "fstat": ()}
+"""Where a fault thread is told something else than others are. Of an open descriptor fstat says all; and waking whoever
+waits at one page never fails, and is all that there is: UNREGISTER wakes only who waits for a missing page. Source:
+fs/userfaultfd.c, userfaultfd_read, userfaultfd_wake, userfaultfd_unregister; fs/proc/base.c, proc_single_show."""
 
 LATE = {
     AFTERWARDS: {
@@ -173,6 +174,7 @@ INFALLIBLE = {
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_join", "pthread_self", "pthread_sigmask"),
     *("pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
+    "sched_yield",
 }
 """Imports that cannot fail as they are used: of glibc, and with arguments that are right."""
 

@@ -17,8 +17,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -39,25 +41,36 @@ static void log_write(struct pmc_tracker *tracker, uint64_t address)
 		}
 }
 
-static bool contains(const struct stretch *stretch, uint64_t address)
+static bool overlap(const struct stretch *one, const struct stretch *other)
 {
-	return address >= stretch->start && address < stretch->end;
+	return one->start < other->end && other->start < one->end;
 }
 
-// Whether the writer at *address*, whose message was read after so many answers, may have been woken by a later one.
-// Who waited for its message for longer than answers are kept does not know.
-static bool may_be_answered(const struct pmc_tracker *tracker, unsigned long long answers, uint64_t address)
+// The thread that is opening a page of *stretch* at this moment, or NULL; under answers_lock.
+static struct fault_thread *opener(struct pmc_tracker *tracker, const struct stretch *stretch)
+{
+	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++)
+		if (overlap(&tracker->fault_threads[i].opening, stretch))
+			return &tracker->fault_threads[i];
+	return NULL;
+}
+
+// Whether the writer at *page*, whose message was read after so many answers, may have been woken by a later one; under
+// answers_lock. Who waited for its message for longer than answers are kept does not know.
+static bool may_be_answered(const struct pmc_tracker *tracker, unsigned long long answers, const struct stretch *page)
 {
 	unsigned long long now = atomic_load(&tracker->answered);
-	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++)
-		if (contains(&tracker->fault_threads[i].opening, address))
-			return true;
 	if (now - answers > PMC_ANSWERS)
 		return true;
 	for (; answers < now; answers++)
-		if (contains(&tracker->answers[answers % PMC_ANSWERS], address))
+		if (overlap(&tracker->answers[answers % PMC_ANSWERS], page))
 			return true;
 	return false;
+}
+
+static void note_answer(struct pmc_tracker *tracker, struct stretch stretch)
+{
+	tracker->answers[atomic_fetch_add(&tracker->answered, 1) % PMC_ANSWERS] = stretch;
 }
 
 // Un-protects *page*, and wakes whoever waits there. In hugetlb memory that is made whole huge pages, as is accepted. 0
@@ -91,29 +104,58 @@ static int open_page(struct pmc_tracker *tracker, struct stretch *page)
 //
 // The message of a writer that has been woken is worth nothing: by now its page may have been collected, and opened
 // again would be one that was written. Two may write to one page, and the messages of both be read before one is
-// answered. So a page that is being opened, or was since the message was read, is not opened: its writer looks again.
+// answered. So a page that was opened since the message was read is not opened again: its writer looks. Nor is one that
+// is being opened, which no answer tells yet: its writer is woken by whoever opens it, once that is done.
 static int resolve(struct fault_thread *self, unsigned long long answers, uint64_t address)
 {
 	struct pmc_tracker *tracker = self->tracker;
 	uint64_t size = page_size_of(tracker);
-	struct stretch page = { align_down(address, size), align_down(address, size) + size };
+	struct stretch page = { align_down(address, size), align_down(address, size) + size }, woken = page;
 
 	pmc_fair_lock(&tracker->answers_lock);
-	bool answered = may_be_answered(tracker, answers, address);
-	if (!answered)
+	struct fault_thread *other = opener(tracker, &page);
+	bool answered = !other && may_be_answered(tracker, answers, &page);
+	if (other)
+		other->again = true;
+	else if (!answered)
 		self->opening = page;
 	pmc_fair_unlock(&tracker->answers_lock);
+	if (other)
+		return 0;
 	if (answered)
 		return pmc_uffd_wake(tracker->uffd, page.start, page.end);
 
 	atomic_fetch_add_explicit(&tracker->faults, 1, memory_order_relaxed); // before its writer wakes, and asks
-	int rc = open_page(tracker, &page);
+	int rc = open_page(tracker, &woken);
 	pmc_fair_lock(&tracker->answers_lock);
-	tracker->answers[atomic_fetch_add(&tracker->answered, 1) % PMC_ANSWERS] = page;
+	note_answer(tracker, woken);
+	bool again = self->again;
 	self->opening = (struct stretch){ 0 };
+	self->again = false;
 	pmc_fair_unlock(&tracker->answers_lock);
-	// The mapping went away, or lost its registration: the writer must look again.
-	return rc == -ENOENT || rc == -EINVAL ? pmc_uffd_wake(tracker->uffd, page.start, page.end) : rc;
+	// Or the mapping went away, or lost its registration: the writer must look again.
+	bool gone = rc == -ENOENT || rc == -EINVAL;
+	int failed = again || gone ? pmc_uffd_wake(tracker->uffd, page.start, page.end) : 0;
+	return rc && !gone ? rc : failed;
+}
+
+void pmc_answer(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
+{
+	struct stretch stretch = { start, end };
+	sigset_t all, before;
+	sigfillset(&all);
+	for (bool first = true, opening = true; opening; first = false) {
+		// A signal handler could store into tracked memory.
+		pthread_sigmask(SIG_SETMASK, &all, &before);
+		pmc_fair_lock(&tracker->answers_lock);
+		if (first)
+			note_answer(tracker, stretch);
+		opening = opener(tracker, &stretch);
+		pmc_fair_unlock(&tracker->answers_lock);
+		pthread_sigmask(SIG_SETMASK, &before, NULL);
+		if (opening)
+			sched_yield();
+	}
 }
 
 static bool is_bell(const struct pmc_tracker *tracker, uint64_t address)
@@ -122,10 +164,18 @@ static bool is_bell(const struct pmc_tracker *tracker, uint64_t address)
 	return address >= bells && address < bells + PMC_FAULT_THREADS * page_size_of(tracker);
 }
 
+// Whether the descriptor is still that of the file the tracker was made with. Before 5.12 all userfaultfds have one
+// inode, and one that is put in the place of ours is not told from it.
+static bool is_our_file(const struct pmc_tracker *tracker)
+{
+	struct stat file;
+	return !fstat(tracker->uffd, &file) && file.st_ino == tracker->inode;
+}
+
 // Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it
-// was called with, so a descriptor that somebody closes or replaces under us makes the next ioctl fail, while poll
-// would go to sleep on whatever has the number now, and keep the old file, its registrations and their writers with it
-// (seen on 6.18). A thread that still reads the old file then keeps it; the one that found out rings for it.
+// was called with, so a descriptor that somebody closes or replaces under us is found out with the next message, while
+// poll would go to sleep on whatever has the number now, and keep the old file, its registrations and their writers
+// with it (seen on 6.18). A thread that still reads the old file then keeps it; the one that found out rings for it.
 static int serve(struct fault_thread *self)
 {
 	struct pmc_tracker *tracker = self->tracker;
@@ -139,7 +189,7 @@ static int serve(struct fault_thread *self)
 		if (got < 0)
 			return -errno;
 		// Nothing but faults was asked for in the handshake, so anything else comes from somebody else's file.
-		if (!got || (size_t)got % sizeof(*messages))
+		if (!got || (size_t)got % sizeof(*messages) || !is_our_file(tracker))
 			return -EBADF;
 		size_t count = (size_t)got / sizeof(*messages);
 		uint32_t writer = messages[0].arg.pagefault.thread_id;
@@ -156,28 +206,39 @@ static int serve(struct fault_thread *self)
 		}
 		if (stop)
 			return 0;
-		pmc_follow(tracker, writer);
+		if (self->cpu == PMC_NO_CPU)
+			pmc_follow(tracker, writer);
 	}
+}
+
+// So many serve no longer; under fault_lock. Returns whether none does: then the bells are rung in vain, also one whose
+// answer was only to look again.
+static bool leave(struct pmc_tracker *tracker, unsigned count)
+{
+	uint64_t bells = (uint64_t)(uintptr_t)tracker->bells;
+	tracker->fault_threads_serving -= count;
+	if (tracker->fault_threads_serving)
+		return false;
+	pmc_unregister_all(tracker, &tracker->thread_vmas, bells,
+			   bells + PMC_FAULT_THREADS * page_size_of(tracker));
+	return true;
 }
 
 static void *fault_thread(void *arg)
 {
 	struct fault_thread *self = arg;
 	struct pmc_tracker *tracker = self->tracker;
-	size_t size = page_size_of(tracker);
-	uint64_t bells = (uint64_t)(uintptr_t)tracker->bells;
-	pmc_settle(self->cpu);
-	int rc = serve(self);
 	int none = 0;
+	pmc_settle(self);
+	int rc = serve(self);
 	if (rc) // the first says why
 		atomic_compare_exchange_strong(&tracker->fault_errno, &none, -rc);
 	pmc_fair_lock(&tracker->fault_lock);
+	pmc_untie(tracker);
+	self->id = 0;
 	for (struct pmc_range *range = tracker->ranges; rc && range; range = range->next)
 		pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
-	// Of the last one, also after an answer, which may have been only to look again.
-	bool last = --tracker->fault_threads_serving == 0;
-	if (last)
-		pmc_unregister_all(tracker, &tracker->thread_vmas, bells, bells + PMC_FAULT_THREADS * size);
+	bool last = leave(tracker, 1);
 	pmc_fair_unlock(&tracker->fault_lock);
 	// The other one would wait for ever, and if the descriptor is lost hold on to the file and to its writers.
 	if (rc && !last)
@@ -256,7 +317,14 @@ static int start(struct pmc_tracker *tracker, struct fault_thread *self)
 
 int pmc_fault_threads_start(struct pmc_tracker *tracker)
 {
+	struct stat file;
 	unsigned count = pmc_place(tracker);
+	if (count == 1)
+		pmc_follower_start(&tracker->follower);
+	tracker->operation = "fstat";
+	if (fstat(tracker->uffd, &file))
+		return -errno;
+	tracker->inode = file.st_ino;
 	tracker->operation = "fcntl";
 	int flags = fcntl(tracker->uffd, F_GETFL);
 	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))
@@ -270,9 +338,10 @@ int pmc_fault_threads_start(struct pmc_tracker *tracker)
 		rc = start(tracker, &tracker->fault_threads[i]);
 		if (rc) {
 			const char *operation = tracker->operation;
-			pmc_fair_lock(&tracker->fault_lock);
-			tracker->fault_threads_serving -= count - i;
-			pmc_fair_unlock(&tracker->fault_lock);
+			sigset_t signals;
+			pmc_hold_fault_thread(tracker, &signals);
+			leave(tracker, count - i);
+			pmc_release_fault_thread(tracker, &signals);
 			atomic_fetch_sub(&tracker->fault_threads_left, count - i);
 			pmc_fault_threads_stop(tracker);
 			tracker->operation = operation;
@@ -301,9 +370,13 @@ static bool have_ended(struct pmc_tracker *tracker, unsigned left)
 void pmc_fault_threads_stop(struct pmc_tracker *tracker)
 {
 	unsigned count = tracker->fault_thread_count;
+	sigset_t signals;
 	if (!count)
 		return;
 	tracker->fault_thread_count = 0;
+	pmc_hold_fault_thread(tracker, &signals);
+	pmc_untie(tracker);
+	pmc_release_fault_thread(tracker, &signals);
 	for (unsigned i = 0; i < count; i++)
 		tracker->bells[i * page_size_of(tracker)] = 1;
 	bool ended = have_ended(tracker, count);

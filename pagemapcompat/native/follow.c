@@ -47,7 +47,7 @@ static int open_stat(uint32_t thread)
 	return open(path, O_RDONLY | O_CLOEXEC);
 }
 
-static void follower_start(struct follower *follower)
+void pmc_follower_start(struct follower *follower)
 {
 	// Whoever makes a tracker is likely to be a writer; and so there is one descriptor from the first to the last.
 	follower->known = (uint32_t)syscall(SYS_gettid);
@@ -68,10 +68,11 @@ unsigned pmc_place(struct pmc_tracker *tracker)
 			tracker->fault_threads[count].cpu = cpu;
 		count++;
 	}
-	if (count > 1 && count <= PMC_FAULT_THREADS)
+	if (count > 1 && count <= PMC_FAULT_THREADS) {
+		tracker->follower.given = given;
 		return count;
+	}
 	tracker->fault_threads[0].cpu = PMC_NO_CPU;
-	follower_start(&tracker->follower);
 	return 1;
 }
 
@@ -150,17 +151,35 @@ static uint32_t look(struct pmc_tracker *tracker, uint32_t thread)
 	return cpu;
 }
 
-void pmc_settle(uint32_t cpu)
+void pmc_settle(struct fault_thread *self)
 {
+	struct pmc_tracker *tracker = self->tracker;
 	struct cpus tied = { 0 };
 	struct sched_param no_priority = { 0 };
-	if (cpu == PMC_NO_CPU)
+	if (self->cpu == PMC_NO_CPU)
 		return;
-	bit_set(tied.bits, cpu);
+	bit_set(tied.bits, self->cpu);
+	pmc_fair_lock(&tracker->fault_lock);
 	// A thread that cannot be had there, or not so, serves wherever it is.
-	(void)sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied);
-	if (syscall(SYS_sched_getscheduler, 0) == SCHED_OTHER) // not what whoever made the tracker has chosen
+	if (!tracker->untied && !sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied))
+		self->id = (uint32_t)syscall(SYS_gettid);
+	pmc_fair_unlock(&tracker->fault_lock);
+	// By number: musl's functions refuse. And what whoever made the tracker has chosen stays.
+	if (syscall(SYS_sched_getscheduler, 0) == SCHED_OTHER)
 		(void)syscall(SYS_sched_setscheduler, 0, SCHED_BATCH, &no_priority);
+}
+
+// Before anything may have a thread let go of the file, if the descriptor was lost. Until the last one has released it,
+// writers come back from their faults to fault again, inside the kernel and, where that does not preempt itself, for
+// ever if the one that releases may run on their CPU alone (fs/userfaultfd.c, handle_userfault: ctx->released; seen on
+// 6.18.44).
+void pmc_untie(struct pmc_tracker *tracker)
+{
+	tracker->untied = true;
+	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++)
+		if (tracker->fault_threads[i].id)
+			(void)sched_setaffinity((pid_t)tracker->fault_threads[i].id, sizeof(struct cpus),
+						(cpu_set_t *)&tracker->follower.given);
 }
 
 // Ties the thread to a CPU, or with PMC_NO_CPU no more. What fails leaves it tied, or not, as it was, and is tried
@@ -192,8 +211,6 @@ static void tie(struct follower *follower, uint32_t cpu)
 void pmc_follow(struct pmc_tracker *tracker, uint32_t thread)
 {
 	struct follower *follower = &tracker->follower;
-	if (tracker->fault_threads[0].cpu != PMC_NO_CPU)
-		return;
 	if (thread != follower->thread) {
 		tie(follower, PMC_NO_CPU);
 		follower->thread = thread;

@@ -213,8 +213,10 @@ struct fault_thread {
 	pthread_t thread;
 	void *stack;
 	size_t stack_size;
-	uint32_t cpu; // that it is tied to for good, or PMC_NO_CPU
+	uint32_t cpu; // that it is tied to from first to last, or PMC_NO_CPU
+	uint32_t id; // of the thread, or 0: it is not tied; under fault_lock
 	struct stretch opening; // the page that it un-protects at this moment; under answers_lock
+	bool again; // to be woken when it has, whoever waits there; under answers_lock
 };
 
 // How the fault thread follows its writer, where there is one alone: see follow.c.
@@ -248,12 +250,14 @@ struct pmc_tracker {
 	struct pmc_range *ranges; // under fault_lock
 	struct fault_thread fault_threads[PMC_FAULT_THREADS];
 	unsigned fault_thread_count; // that were started, and not stopped
-	unsigned fault_threads_serving; // under fault_lock
-	atomic_uint fault_threads_left; // that wait for something
+	unsigned fault_threads_serving; // that read messages; under fault_lock
+	atomic_uint fault_threads_left; // that touch memory of ours: those, and who is about to end
+	bool untied; // none is to be tied any more; under fault_lock
+	uint64_t inode; // of uffd
 	atomic_int fault_errno; // not 0: a fault thread has ended, and nothing is registered any more
 	atomic_ullong faults;
 	struct fair_lock answers_lock; // between fault threads, and held over no system call
-	atomic_ullong answered; // pages that were opened; grows under answers_lock
+	atomic_ullong answered; // how often; grows under answers_lock
 	struct stretch answers[PMC_ANSWERS]; // where, the last ones; under answers_lock
 	struct follower follower;
 
@@ -326,10 +330,14 @@ void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *befor
 
 // -- follow.c -----------------------------------------------------------------------------------------------
 
-// Where fault threads are to run, before any is started. Returns how many there are to be.
+// Decides where fault threads are to run, before any is started. Returns how many there are to be.
 unsigned pmc_place(struct pmc_tracker *tracker);
+// Before one is started that is alone.
+void pmc_follower_start(struct follower *follower);
 // Ties the calling fault thread to its CPU, if it has one.
-void pmc_settle(uint32_t cpu);
+void pmc_settle(struct fault_thread *self);
+// Lets those that have one run wherever they may; under fault_lock.
+void pmc_untie(struct pmc_tracker *tracker);
 // Opens what the fault thread has to read to follow its writer, if it has asked. Under the mutex; not in the fault
 // thread.
 void pmc_find_writer(struct pmc_tracker *tracker);
@@ -340,6 +348,9 @@ void pmc_follow(struct pmc_tracker *tracker, uint32_t thread);
 
 int pmc_fault_threads_start(struct pmc_tracker *tracker);
 void pmc_fault_threads_stop(struct pmc_tracker *tracker);
+// Says that whoever waited in [start, end) has been woken, for a message of theirs that was read may not be answered
+// yet. From then on no page of it is opened that was to be before.
+void pmc_answer(struct pmc_tracker *tracker, uint64_t start, uint64_t end);
 
 // -- owed.c; all under the tracker's mutex ----------------------------------------------------------------------
 

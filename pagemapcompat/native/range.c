@@ -274,6 +274,7 @@ int pmc_range_close_locked(struct pmc_range *range)
 	tracker->operation = "UFFDIO_UNREGISTER";
 	// Before the descriptor is closed, always: while a forked child holds a copy of it, closing it wakes no writer.
 	int rc = pmc_unregister_all(tracker, &tracker->vmas, range->start, range->end);
+	pmc_answer(tracker, range->start, range->end);
 	if (atomic_load(&tracker->fault_errno))
 		rc = 0;
 	pmc_hold_fault_thread(tracker, &signals);
