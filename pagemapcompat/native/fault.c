@@ -164,8 +164,8 @@ static bool is_bell(const struct pmc_tracker *tracker, uint64_t address)
 	return address >= bells && address < bells + PMC_FAULT_THREADS * page_size_of(tracker);
 }
 
-// Whether the descriptor is still that of the file the tracker was made with. Before 5.12 all userfaultfds have one
-// inode, and one that is put in the place of ours is not told from it.
+// Whether the descriptor is still that of the file the tracker was made with. On 5.10 all userfaultfds have one inode,
+// and one that is put in the place of ours is not told from it; on 6.1 each has its own (seen on both).
 static bool is_our_file(const struct pmc_tracker *tracker)
 {
 	struct stat file;
