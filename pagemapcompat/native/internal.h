@@ -256,7 +256,7 @@ struct pmc_tracker {
 	uint64_t inode; // of uffd
 	atomic_int fault_errno; // not 0: a fault thread has ended, and nothing is registered any more
 	atomic_ullong faults;
-	struct fair_lock answers_lock; // between fault threads, and held over no system call
+	struct fair_lock answers_lock; // between fault threads and who closes a range; held over no system call
 	atomic_ullong answered; // how often; grows under answers_lock
 	struct stretch answers[PMC_ANSWERS]; // where, the last ones; under answers_lock
 	struct follower follower;
