@@ -508,6 +508,79 @@ def test_two_at_once_at_one_page(uffd_wp: Flavour, area: Callable[..., AddressRa
     in_child(check)
 
 
+OPENING_LATE = """
+#define _GNU_SOURCE
+#include <linux/ioctl.h>
+#include <linux/types.h>
+#include <linux/userfaultfd.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+atomic_int hold, held, opened, wakes;
+
+int ioctl(int fd, unsigned long request, void *argument)
+{
+	int own = syscall(SYS_gettid) != getpid(), late = 0;
+	if (own && request == UFFDIO_WRITEPROTECT && atomic_exchange(&hold, 0)) {
+		late = 1;
+		atomic_store(&held, 1);
+		while (atomic_load(&held))
+			sched_yield();
+	}
+	if (own && request == UFFDIO_WAKE)
+		atomic_fetch_add(&wakes, 1);
+	int rc = syscall(SYS_ioctl, fd, request, argument);
+	if (late)
+		atomic_store(&opened, 1);
+	return rc;
+}
+"""
+"""A fault thread that is not given time when it is about to un-protect a page."""
+
+
+@pytest.mark.anywhere
+def test_two_at_a_page_that_is_being_opened(uffd_wp: Flavour, two_cpus: list[int], tmp_path: Path) -> None:
+    """The second waits with the first, and is woken with it: nobody opens the page twice, or asks in between."""
+    program = f"""
+        import ctypes, os
+        from children import Crew
+        from conftest import PAGE, libc, pages_of
+        from test_fault_thread import descriptors, on_cpus
+        from pagemapcompat import DirtyTracker
+        own, memory = ctypes.CDLL(None), libc.mmap(4 * PAGE)
+        hold, held, opened, wakes = (ctypes.c_int.in_dll(own, name) for name in ("hold", "held", "opened", "wakes"))
+        def waiting(uffd):
+            with open(f"/proc/self/fdinfo/{{uffd}}") as info:
+                fields = dict(line.split(":", 1) for line in info)
+            return int(fields["pending"]), int(fields["total"])
+        for _ in range(20):
+            with on_cpus(*{two_cpus}):
+                tracker = DirtyTracker("uffd-wp")
+            with tracker:
+                crew, ram = Crew(), tracker.track((memory, 4 * PAGE))
+                (uffd,) = descriptors("anon_inode:[userfaultfd]")
+                opened.value, hold.value, wakes.value = 0, 1, 0
+                crew.add(libc.fill, memory)
+                while not held.value:
+                    os.sched_yield()
+                crew.add(libc.fill, memory + 1)
+                while crew.working and waiting(uffd) != (0, 2):
+                    os.sched_yield()
+                if not crew.working:  # it was opened by the other one
+                    assert pages_of(ram.collect()) == {{0}}
+                held.value = 0
+                crew.join()
+                while not opened.value:
+                    os.sched_yield()
+                assert pages_of(ram.collect()) == {{0}}
+                assert not pages_of(ram.collect())
+                assert wakes.value <= 2
+        """
+    run_child(program, env=preloaded(OPENING_LATE, tmp_path))
+
+
 def test_it_runs_where_its_writer_does(
     uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]
 ) -> None:
