@@ -1,5 +1,5 @@
-// The fault threads, one, or one for each of two CPUs (follow.c): they resolve the write faults of a synchronous
-// userfaultfd.
+// The fault threads, one, or two where a tracker is made on two CPUs (follow.c): they resolve the write faults of a
+// synchronous userfaultfd.
 //
 // Why a thread, and why in C. A thread that stores into a protected page sleeps in the kernel until somebody
 // un-protects it. A Python thread that does so with ram[i] = 1 sleeps holding the GIL, so whoever resolves it must need
@@ -182,6 +182,13 @@ static int serve(struct fault_thread *self)
 	struct uffd_msg messages[MESSAGES];
 
 	for (;;) {
+		// Who waited was in no read that held on to our file; and the other thread may have ended meanwhile.
+		if (pmc_wait_to_serve(self)) {
+			if (atomic_load(&tracker->fault_errno))
+				return 0;
+			if (!is_our_file(tracker))
+				return -EBADF;
+		}
 		unsigned long long answers = atomic_load(&tracker->answered);
 		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
 		if (got < 0 && (errno == EINTR || errno == EAGAIN))
@@ -206,7 +213,7 @@ static int serve(struct fault_thread *self)
 		}
 		if (stop)
 			return 0;
-		if (self->cpu == PMC_NO_CPU)
+		if (tracker->abilities & PMC_CAN_TIE)
 			pmc_follow(tracker, writer);
 	}
 }
@@ -234,8 +241,7 @@ static void *fault_thread(void *arg)
 	if (rc) // the first says why
 		atomic_compare_exchange_strong(&tracker->fault_errno, &none, -rc);
 	pmc_fair_lock(&tracker->fault_lock);
-	pmc_untie(tracker);
-	self->id = 0;
+	pmc_unsettle(tracker);
 	for (struct pmc_range *range = tracker->ranges; rc && range; range = range->next)
 		pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
 	bool last = leave(tracker, 1);
@@ -319,8 +325,6 @@ int pmc_fault_threads_start(struct pmc_tracker *tracker)
 {
 	struct stat file;
 	unsigned count = pmc_place(tracker);
-	if (count == 1)
-		pmc_follower_start(&tracker->follower);
 	tracker->operation = "fstat";
 	if (fstat(tracker->uffd, &file))
 		return -errno;
@@ -375,7 +379,7 @@ void pmc_fault_threads_stop(struct pmc_tracker *tracker)
 		return;
 	tracker->fault_thread_count = 0;
 	pmc_hold_fault_thread(tracker, &signals);
-	pmc_untie(tracker);
+	pmc_unsettle(tracker);
 	pmc_release_fault_thread(tracker, &signals);
 	for (unsigned i = 0; i < count; i++)
 		tracker->bells[i * page_size_of(tracker)] = 1;
