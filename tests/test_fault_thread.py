@@ -191,6 +191,27 @@ def test_a_lost_descriptor_ends_the_fault_thread(uffd_wp: Flavour, way: Callable
     in_child(check)
 
 
+def test_files_that_have_the_numbers_of_ours(uffd_wp: Flavour) -> None:
+    """A program that closes all descriptors, as daemons do, and opens its own: closing the tracker closes none."""
+    memory = private(8)
+
+    def check() -> None:
+        before = set(os.listdir("/proc/self/fd"))
+        tracker = uffd_wp.tracker()
+        tracker.track(memory)
+        own, ours = os.open("/", os.O_RDONLY), []
+        for fd in map(int, set(os.listdir("/proc/self/fd")) - before - {str(own)}):
+            with contextlib.suppress(OSError):  # that of the listing is gone
+                os.close(fd)
+                ours.append(os.dup2(own, fd))
+        assert len(ours) > 3
+        with contextlib.suppress(KernelError):
+            tracker.close()
+        assert all(os.path.sameopenfile(fd, own) for fd in ours)
+
+    in_child(check)
+
+
 def test_after_the_fault_thread_every_call_fails(uffd_wp: Flavour) -> None:
     """FaultThreadError names the errno and what to do, from every method but close."""
     memory, spare = private(8), private(8)
@@ -368,6 +389,102 @@ def test_a_message_that_is_read_before_the_memory_is_tracked_anew(uffd_wp: Flavo
 
 
 @pytest.mark.anywhere
+def test_a_message_that_is_read_before_the_page_is_unprotected(uffd_wp: Flavour, tmp_path: Path) -> None:
+    """A signal has its writer look, and go on. Once that is collected the page is not opened for it again."""
+    program = """
+        import ctypes, os, signal, threading
+        from concurrent.futures import ThreadPoolExecutor
+        from conftest import PAGE, libc, pages_of
+        from pagemapcompat import DirtyTracker
+        own = ctypes.CDLL(None)
+        hold, held = (ctypes.c_int.in_dll(own, name) for name in ("hold", "held"))
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        memory = libc.mmap(4 * PAGE)
+        with ThreadPoolExecutor(1) as writer, DirtyTracker("uffd-wp") as tracker:
+            thread = writer.submit(threading.get_ident).result()
+            ram = tracker.track((memory, 4 * PAGE))
+            for _ in range(20):
+                hold.value = 1
+                store = writer.submit(libc.fill, memory)
+                while not held.value:
+                    os.sched_yield()
+                ram.unprotect(0, PAGE)
+                while not store.done():
+                    signal.pthread_kill(thread, signal.SIGUSR1)
+                assert pages_of(ram.collect()) == {0}
+                held.value = 0
+                for _ in range(50):
+                    writer.submit(libc.fill, memory + 2 * PAGE).result()
+                    assert pages_of(ram.collect()) == {2}
+        """
+    run_child(program, env=preloaded(HOLDING, tmp_path))
+
+
+@pytest.mark.anywhere
+def test_who_closes_a_range_while_a_page_is_opened_sleeps(uffd_wp: Flavour, tmp_path: Path) -> None:
+    """It leaves its CPU to the fault thread, also if it is one of a real-time class."""
+    program = """
+        import ctypes, os, threading
+        from concurrent.futures import ThreadPoolExecutor
+        from conftest import PAGE, libc
+        from pagemapcompat import DirtyTracker
+        own, memory = ctypes.CDLL(None), libc.mmap(4 * PAGE)
+        hold, held = (ctypes.c_int.in_dll(own, name) for name in ("hold", "held"))
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as closer, DirtyTracker("uffd-wp") as tracker:
+            ram, thread = tracker.track((memory, 4 * PAGE)), closer.submit(threading.get_native_id).result()
+            hold.value = 1
+            store = writer.submit(libc.fill, memory)
+            while not held.value:
+                os.sched_yield()
+            closing = closer.submit(ram.close)
+            slept = 0
+            while slept < 3:
+                with open(f"/proc/self/task/{thread}/status") as status:
+                    slept += any(line.startswith("State:\tS") for line in status)
+                assert not closing.done()
+            held.value = 0
+            closing.result()
+            store.result()
+        """
+    run_child(program, env=preloaded(OPENING_LATE, tmp_path))
+
+
+@pytest.mark.anywhere
+def test_closing_by_a_thread_whose_stack_is_tracked(uffd_wp: Flavour, two_cpus: list[int]) -> None:
+    """It does not fault while it holds what fault threads need, also where the kernel keeps no notes in its memory."""
+    program = f"""
+        import os, threading
+        from concurrent.futures import ThreadPoolExecutor
+        from conftest import PAGE, libc, rounds
+        from test_fault_thread import stack_of_this_thread
+        from pagemapcompat import AddressRange, DirtyTracker
+        first, second = {two_cpus}
+        pool, whole = [libc.mmap(PAGE) for _ in range(64)], libc.mmap(1024 * PAGE)
+        done = threading.Event()
+        def write():
+            os.sched_setaffinity(0, {{second}})
+            while not done.is_set():
+                libc.fill(whole, 1024 * PAGE)
+        with ThreadPoolExecutor(1) as closer, ThreadPoolExecutor(1) as writer, DirtyTracker("uffd-wp") as tracker:
+            closer.submit(os.sched_setaffinity, 0, {{first}}).result()
+            end = closer.submit(stack_of_this_thread).result().end
+            stack, ram = tracker.track(AddressRange(end - 64 * PAGE, end)), tracker.track((whole, 1024 * PAGE))
+            writing = writer.submit(write)
+            for _ in range(rounds(100)):
+                small = [tracker.track((page, PAGE)) for page in pool]
+                closing = closer.submit(lambda: [one.close() for one in small])
+                while not closing.done():
+                    ram.reset()
+                    stack.reset()
+                closing.result()
+            done.set()
+            writing.result()
+            stack.close()
+        """
+    run_child(program, env={"GLIBC_TUNABLES": "glibc.pthread.rseq=0"})
+
+
+@pytest.mark.anywhere
 @pytest.mark.parametrize("kib", [120, 254, 4096])
 def test_thread_local_storage_of_any_size(kib: int, tmp_path: Path) -> None:
     """It starts, and resolves, in a program whose libraries have more of it than fits the stack it starts with."""
@@ -457,7 +574,7 @@ def places() -> list[tuple[set[int], int]]:
 
 
 def test_one_on_each_of_two_cpus(uffd_wp: Flavour, area: Callable[..., AddressRange], two_cpus: list[int]) -> None:
-    """While one alone writes each has one that stays there, and takes no time from who keeps it busy; else one serves."""
+    """While one alone writes each has one that stays, and takes no time from who keeps that busy; else one serves."""
     memory, (first, second) = area(64), two_cpus
 
     def check() -> None:

@@ -174,7 +174,6 @@ INFALLIBLE = {
     "nanosleep",  # cut short, it was a pause all the same
     *("pthread_attr_destroy", "pthread_detach", "pthread_join", "pthread_self", "pthread_sigmask"),
     *("pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
-    "sched_yield",
 }
 """Imports that cannot fail as they are used: of glibc, and with arguments that are right."""
 
@@ -455,6 +454,7 @@ OPERATIONS = {
     **dict.fromkeys(("malloc", "calloc", "realloc"), frozenset({"malloc"})),
     **dict.fromkeys(("F_GETFL", "F_SETFL"), frozenset({"fcntl"})),
     **dict.fromkeys(("pthread_attr_init", "pthread_attr_setstack"), frozenset({"pthread_create"})),
+    "fstat": {"fstat", "/proc/self/maps", "/proc/self/smaps"},
     "open": {"/proc/self/maps", "/proc/self/mem", "/proc/self/smaps"},
     "pread": {"/proc/self/pagemap", "/proc/self/mem", "process_vm_writev"},
     "pwrite": {"/proc/self/mem", "process_vm_readv"},

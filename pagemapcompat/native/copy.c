@@ -202,6 +202,7 @@ static int write_refused(struct copier *copier, uint32_t index)
 	pmc_vmas_refresh(&tracker->vmas);
 	if (!rc)
 		rc = pmc_protect(tracker, unit, unit + size, piece->page_shift, 0, &untracked);
+	pmc_answer(tracker, unit, unit + size);
 	if (rc && rc != -ENOENT)
 		return rc;
 	rc = force(copier, address, buffer_at(copier, index));

@@ -20,7 +20,6 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -31,6 +30,7 @@
 #define STACK_LIMIT (256 << 20)
 #define MESSAGES 16
 #define STOP_SECONDS 3
+#define OPENING_NS 50000 // until a page that is being opened is looked at again; that takes 5 us
 
 static void log_write(struct pmc_tracker *tracker, uint64_t address)
 {
@@ -153,8 +153,9 @@ void pmc_answer(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 		opening = opener(tracker, &stretch);
 		pmc_fair_unlock(&tracker->answers_lock);
 		pthread_sigmask(SIG_SETMASK, &before, NULL);
+		// It sleeps, for one that is real-time would leave its CPU to none that is not by yielding.
 		if (opening)
-			sched_yield();
+			(void)nanosleep(&(struct timespec){ .tv_nsec = OPENING_NS }, NULL);
 	}
 }
 
@@ -162,14 +163,6 @@ static bool is_bell(const struct pmc_tracker *tracker, uint64_t address)
 {
 	uint64_t bells = (uint64_t)(uintptr_t)tracker->bells;
 	return address >= bells && address < bells + PMC_FAULT_THREADS * page_size_of(tracker);
-}
-
-// Whether the descriptor is still that of the file the tracker was made with. On 5.10 all userfaultfds have one inode,
-// and one that is put in the place of ours is not told from it; on 6.1 each has its own (seen on both).
-static bool is_our_file(const struct pmc_tracker *tracker)
-{
-	struct stat file;
-	return !fstat(tracker->uffd, &file) && file.st_ino == tracker->inode;
 }
 
 // Returns 0 when told to stop, -errno when it cannot go on. Blocks in read, not in poll: read holds on to the file it
@@ -186,7 +179,7 @@ static int serve(struct fault_thread *self)
 		if (pmc_wait_to_serve(self)) {
 			if (atomic_load(&tracker->fault_errno))
 				return 0;
-			if (!is_our_file(tracker))
+			if (!pmc_is_file(tracker->uffd, tracker->uffd_file))
 				return -EBADF;
 		}
 		unsigned long long answers = atomic_load(&tracker->answered);
@@ -196,7 +189,7 @@ static int serve(struct fault_thread *self)
 		if (got < 0)
 			return -errno;
 		// Nothing but faults was asked for in the handshake, so anything else comes from somebody else's file.
-		if (!got || (size_t)got % sizeof(*messages) || !is_our_file(tracker))
+		if (!got || (size_t)got % sizeof(*messages) || !pmc_is_file(tracker->uffd, tracker->uffd_file))
 			return -EBADF;
 		size_t count = (size_t)got / sizeof(*messages);
 		uint32_t writer = messages[0].arg.pagefault.thread_id;
@@ -321,14 +314,22 @@ static int start(struct pmc_tracker *tracker, struct fault_thread *self)
 	return 0;
 }
 
+// So many could not be started. Where there is one, it serves alone.
+static void do_without(struct pmc_tracker *tracker, unsigned count)
+{
+	const char *operation = tracker->operation;
+	sigset_t signals;
+	pmc_hold_fault_thread(tracker, &signals);
+	pmc_place_one(&tracker->follower);
+	leave(tracker, count);
+	pmc_release_fault_thread(tracker, &signals);
+	atomic_fetch_sub(&tracker->fault_threads_left, count);
+	tracker->operation = operation;
+}
+
 int pmc_fault_threads_start(struct pmc_tracker *tracker)
 {
-	struct stat file;
 	unsigned count = pmc_place(tracker);
-	tracker->operation = "fstat";
-	if (fstat(tracker->uffd, &file))
-		return -errno;
-	tracker->inode = file.st_ino;
 	tracker->operation = "fcntl";
 	int flags = fcntl(tracker->uffd, F_GETFL);
 	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))
@@ -338,22 +339,14 @@ int pmc_fault_threads_start(struct pmc_tracker *tracker)
 		return rc;
 	tracker->fault_threads_serving = count;
 	tracker->fault_threads_left = count;
-	for (unsigned i = 0; i < count; i++) {
+	for (unsigned i = 0; i < count && !rc; i++) {
 		rc = start(tracker, &tracker->fault_threads[i]);
-		if (rc) {
-			const char *operation = tracker->operation;
-			sigset_t signals;
-			pmc_hold_fault_thread(tracker, &signals);
-			leave(tracker, count - i);
-			pmc_release_fault_thread(tracker, &signals);
-			atomic_fetch_sub(&tracker->fault_threads_left, count - i);
-			pmc_fault_threads_stop(tracker);
-			tracker->operation = operation;
-			return rc;
-		}
-		tracker->fault_thread_count++;
+		if (rc)
+			do_without(tracker, count - i);
+		else
+			tracker->fault_thread_count++;
 	}
-	return 0;
+	return tracker->fault_thread_count ? 0 : rc;
 }
 
 // Not by a join with a time limit: the C libraries share none but by the clock that people set, and a limit by that is

@@ -69,8 +69,13 @@ unsigned pmc_place(struct pmc_tracker *tracker)
 			follower->cpus[count - 1] = cpu;
 	if (count == PMC_FAULT_THREADS)
 		return count;
-	follower->cpus[0] = PMC_NO_CPU;
+	pmc_place_one(follower);
 	return 1;
+}
+
+void pmc_place_one(struct follower *follower)
+{
+	follower->cpus[0] = PMC_NO_CPU;
 }
 
 // ---- Whose file is open -----------------------------------------------------------------------------------------
@@ -91,6 +96,13 @@ static bool is_ours(int stat, uint32_t thread)
 		return errno == ESRCH;
 	text[got] = 0;
 	return is_of(text, thread);
+}
+
+void pmc_follower_close(struct follower *follower)
+{
+	if (follower->stat >= 0 && is_ours(follower->stat, follower->known))
+		close(follower->stat);
+	follower->stat = -1;
 }
 
 void pmc_find_writer(struct pmc_tracker *tracker)
@@ -244,9 +256,9 @@ void pmc_follow(struct pmc_tracker *tracker, uint32_t writer)
 {
 	struct follower *follower = &tracker->follower;
 	struct fault_thread *first = &tracker->fault_threads[0];
-	bool places = follower->cpus[0] != PMC_NO_CPU;
 
 	pmc_fair_lock(&tracker->fault_lock);
+	bool places = follower->cpus[0] != PMC_NO_CPU;
 	if (writer != follower->writer) {
 		if (places && follower->writer && !follower->left) {
 			set_both(follower, false);

@@ -1,4 +1,4 @@
-// What the C files share. Layers, each using only those before it: output, image, vmas, uffd, lock, follow, fault,
+// What the C files share. Layers, each using only those before it: output, image, files, vmas, uffd, lock, follow, fault,
 // owed, then the engines (words, scan), then tracker, range, cursor, operations and copy; and query, for
 // which there need be no tracker.
 #ifndef PMC_INTERNAL_H
@@ -112,6 +112,19 @@ uint64_t pmc_image_first_there(const struct pmc_image *image, uint64_t from, uin
 // Makes [from, to) zero or missing.
 int pmc_image_clear(struct pmc_image *image, uint64_t from, uint64_t to, enum pmc_content content);
 
+// -- files.c ------------------------------------------------------------------------------------------------
+
+// Which file a descriptor is of. On 5.10 all userfaultfds are one; on 6.1 each is its own (seen on both).
+struct file_id {
+	uint64_t device;
+	uint64_t inode; // or 0: not known
+};
+
+int pmc_file_id(int fd, struct file_id *ret);
+bool pmc_is_file(int fd, struct file_id id);
+// Closes *fd*, which is -1 then, unless another file has its number.
+void pmc_close_file(int *fd, struct file_id id);
+
 // -- vmas.c: the mappings of a process, in ascending order --------------------------------------------------
 
 struct vma {
@@ -125,6 +138,7 @@ struct vma {
 // A reading position in /proc/PID/maps, or in smaps, which is slow but knows the page size of hugetlb mappings.
 struct vmas {
 	int fd;
+	struct file_id file;
 	bool query; // by PROCMAP_QUERY: nothing below is used, and an answer is never stale
 	bool sizes; // fd is smaps
 	const char *operation; // that failed, when pmc_own_vma_at() did
@@ -238,6 +252,8 @@ struct pmc_tracker {
 	atomic_int references;
 	int uffd;
 	int pagemap;
+	struct file_id uffd_file;
+	struct file_id pagemap_file;
 	volatile char *bells; // pages, each of whose faults tells a fault thread to end
 	uint32_t abilities;
 	uint32_t page_shift;
@@ -253,7 +269,6 @@ struct pmc_tracker {
 	unsigned fault_thread_count; // that were started, and not stopped
 	unsigned fault_threads_serving; // that read messages; under fault_lock
 	atomic_uint fault_threads_left; // that touch memory of ours: those, and who is about to end
-	uint64_t inode; // of uffd
 	atomic_int fault_errno; // not 0: a fault thread has ended, and nothing is registered any more
 	atomic_ullong faults;
 	struct fair_lock answers_lock; // between fault threads and who closes a range; held over no system call
@@ -332,12 +347,16 @@ void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *befor
 
 // Decides where fault threads have their places, before any is started. Returns how many there are to be.
 unsigned pmc_place(struct pmc_tracker *tracker);
+// There is one after all; under fault_lock.
+void pmc_place_one(struct follower *follower);
 // In a fault thread, before it serves.
 void pmc_settle(struct fault_thread *self);
 // In one, before each message: waits until it is to serve. Returns whether it did.
 bool pmc_wait_to_serve(struct fault_thread *self);
 // Lets them run wherever they may, and wait no more, from now on; under fault_lock.
 void pmc_unsettle(struct pmc_tracker *tracker);
+// Closes what was opened for that.
+void pmc_follower_close(struct follower *follower);
 // Opens what has to be read to find the writer, if a fault thread has asked for it. Under the mutex; not in a fault
 // thread.
 void pmc_find_writer(struct pmc_tracker *tracker);
@@ -348,8 +367,8 @@ void pmc_follow(struct pmc_tracker *tracker, uint32_t writer);
 
 int pmc_fault_threads_start(struct pmc_tracker *tracker);
 void pmc_fault_threads_stop(struct pmc_tracker *tracker);
-// Says that whoever waited in [start, end) has been woken, for a message of theirs that was read may not be answered
-// yet. From then on no page of it is opened that was to be before.
+// Says that somebody else has opened [start, end), or woken whoever waited there, for a message of theirs that was read
+// may not be answered yet. From then on no page of it is opened that was to be before.
 void pmc_answer(struct pmc_tracker *tracker, uint64_t start, uint64_t end);
 
 // -- owed.c; all under the tracker's mutex ----------------------------------------------------------------------
@@ -400,6 +419,9 @@ int pmc_enter_briefly(struct pmc_tracker *tracker);
 // Whether [start, end) has a page that this thread may store into during a call: of its stack, or of what the C library
 // keeps for it.
 bool pmc_is_callers(uint64_t start, uint64_t end);
+// Stores into what the rest of a call stores into, so that it does not fault later, holding what a fault thread needs.
+// For calls that are not refused, under the mutex, when nobody protects memory.
+void pmc_touch_callers(void);
 // Ends it, and returns *rc*.
 int pmc_leave(struct pmc_tracker *tracker, int rc, struct pmc_result *result);
 // Drops a reference; the last one frees.

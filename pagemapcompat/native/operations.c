@@ -503,6 +503,7 @@ int pmc_unprotect(struct pmc_range *range, uint64_t start, uint64_t end, struct 
 		pos = align_down(pos, unit);
 		pmc_vmas_refresh(&tracker->vmas);
 		rc = pmc_protect(tracker, pos, to, piece->page_shift, 0, &untracked);
+		pmc_answer(tracker, pos, to);
 		int owed = pmc_owe_mapped(range, pos, rc == -ENOENT ? untracked : to);
 		pos = rc == -ENOENT ? untracked : to;
 		if (rc == -ENOENT && !owed) {

@@ -272,6 +272,7 @@ int pmc_range_close_locked(struct pmc_range *range)
 		return 0;
 	range->open = false;
 	tracker->operation = "UFFDIO_UNREGISTER";
+	pmc_touch_callers();
 	// Before the descriptor is closed, always: while a forked child holds a copy of it, closing it wakes no writer.
 	int rc = pmc_unregister_all(tracker, &tracker->vmas, range->start, range->end);
 	pmc_answer(tracker, range->start, range->end);

@@ -16,6 +16,9 @@
 // that pmc_is_callers() sees, and above it, for the calls in between.
 #define STACK_REACH (128 << 10)
 #define STACK_ABOVE (4 << 10)
+// How much of it closing a range uses, the handlers left out, and in what steps that is touched: no page is smaller.
+#define STACK_CLOSE (8 << 10)
+#define STACK_STEP (1 << 10)
 // How much of what it keeps for each thread the C library changes, in calls that can be cancelled, as pread(2) is.
 #define THREAD_REACH (1 << 10)
 
@@ -47,6 +50,14 @@ bool pmc_is_callers(uint64_t start, uint64_t end)
 	return is_near(start, end, __builtin_frame_address(0), STACK_REACH, STACK_ABOVE) ||
 	       is_near(start, end, &errno, 0, sizeof(errno)) ||
 	       is_near(start, end, (const void *)(uintptr_t)pthread_self(), 0, THREAD_REACH);
+}
+
+void pmc_touch_callers(void)
+{
+	volatile char below[STACK_CLOSE];
+	for (size_t at = 0; at < sizeof(below); at += STACK_STEP)
+		below[at] = 0;
+	*(volatile int *)&errno = 0;
 }
 
 int pmc_enter_briefly(struct pmc_tracker *tracker)
@@ -100,18 +111,11 @@ void pmc_tracker_put(struct pmc_tracker *tracker)
 	pmc_pages_free(tracker, sizeof(*tracker));
 }
 
-static void close_descriptor(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
-}
-
 static void close_descriptors(struct pmc_tracker *tracker)
 {
-	close_descriptor(&tracker->uffd);
-	close_descriptor(&tracker->pagemap);
-	close_descriptor(&tracker->follower.stat);
+	pmc_close_file(&tracker->uffd, tracker->uffd_file);
+	pmc_close_file(&tracker->pagemap, tracker->pagemap_file);
+	pmc_follower_close(&tracker->follower);
 	pmc_vmas_close(&tracker->vmas);
 	pmc_vmas_close(&tracker->thread_vmas);
 }
@@ -120,8 +124,14 @@ static void close_descriptors(struct pmc_tracker *tracker)
 static int set_up(struct pmc_tracker *tracker)
 {
 	bool query = tracker->abilities & PMC_CAN_QUERY_MAPS;
+	tracker->operation = "fstat";
+	int rc = pmc_file_id(tracker->uffd, &tracker->uffd_file);
+	if (!rc)
+		rc = pmc_file_id(tracker->pagemap, &tracker->pagemap_file);
+	if (rc)
+		return rc;
 	tracker->operation = "/proc/self/maps";
-	int rc = pmc_vmas_open(&tracker->vmas, query, false);
+	rc = pmc_vmas_open(&tracker->vmas, query, false);
 	if (!rc)
 		rc = pmc_vmas_open(&tracker->thread_vmas, query, false);
 	if (rc)

@@ -29,14 +29,12 @@ int pmc_vmas_open(struct vmas *vmas, bool query, bool sizes)
 	vmas->sizes = sizes;
 	vmas->page_shift = pmc_page_shift();
 	pmc_vmas_refresh(vmas);
-	return 0;
+	return pmc_file_id(vmas->fd, &vmas->file);
 }
 
 void pmc_vmas_close(struct vmas *vmas)
 {
-	if (vmas->fd >= 0)
-		close(vmas->fd);
-	vmas->fd = -1;
+	pmc_close_file(&vmas->fd, vmas->file);
 }
 
 void pmc_vmas_refresh(struct vmas *vmas)
