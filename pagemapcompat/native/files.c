@@ -15,15 +15,22 @@ int pmc_file_id(int fd, struct file_id *ret)
 	return 0;
 }
 
+static bool is_same(struct file_id one, struct file_id other)
+{
+	return one.device == other.device && one.inode == other.inode;
+}
+
 bool pmc_is_file(int fd, struct file_id id)
 {
 	struct file_id now;
-	return !pmc_file_id(fd, &now) && now.device == id.device && now.inode == id.inode;
+	return !pmc_file_id(fd, &now) && is_same(now, id);
 }
 
 void pmc_close_file(int *fd, struct file_id id)
 {
-	if (*fd >= 0 && (!id.inode || pmc_is_file(*fd, id)))
+	struct file_id now;
+	bool others = id.inode && !pmc_file_id(*fd, &now) && !is_same(now, id);
+	if (*fd >= 0 && !others)
 		close(*fd);
 	*fd = -1;
 }

@@ -47,11 +47,15 @@
 
 // ---- Before they are started ------------------------------------------------------------------------------------
 
-static int open_stat(uint32_t thread)
+// -1: it has ended, or is none of this process.
+static int open_stat(uint32_t thread, struct file_id *id)
 {
 	char path[64];
 	snprintf(path, sizeof(path), "/proc/self/task/%u/stat", thread);
-	return open(path, O_RDONLY | O_CLOEXEC);
+	int stat = open(path, O_RDONLY | O_CLOEXEC);
+	*id = (struct file_id){ 0 };
+	(void)pmc_file_id(stat, id); // where that fails it is closed whatever has its number
+	return stat;
 }
 
 unsigned pmc_place(struct pmc_tracker *tracker)
@@ -61,7 +65,7 @@ unsigned pmc_place(struct pmc_tracker *tracker)
 	unsigned count = 0;
 	// Whoever makes a tracker is likely to be a writer; and so there is one descriptor from the first to the last.
 	follower->known = (uint32_t)syscall(SYS_gettid);
-	follower->stat = open_stat(follower->known);
+	follower->stat = open_stat(follower->known, &follower->stat_file);
 	follower->wait = LOOK_FIRST;
 	bool may_tie = tracker->abilities & PMC_CAN_TIE && !sched_getaffinity(0, sizeof(given), (cpu_set_t *)&given);
 	for (uint32_t cpu = 0; may_tie && cpu < PMC_CPUS; cpu++)
@@ -87,22 +91,9 @@ static bool is_of(const char *text, uint32_t thread)
 	return strtoul(text, &end, 10) == thread && *end == ' ';
 }
 
-// Whether it may be closed.
-static bool is_ours(int stat, uint32_t thread)
-{
-	char text[16];
-	ssize_t got = pread(stat, text, sizeof(text) - 1, 0);
-	if (got < 0)
-		return errno == ESRCH;
-	text[got] = 0;
-	return is_of(text, thread);
-}
-
 void pmc_follower_close(struct follower *follower)
 {
-	if (follower->stat >= 0 && is_ours(follower->stat, follower->known))
-		close(follower->stat);
-	follower->stat = -1;
+	pmc_close_file(&follower->stat, follower->stat_file);
 }
 
 void pmc_find_writer(struct pmc_tracker *tracker)
@@ -112,16 +103,16 @@ void pmc_find_writer(struct pmc_tracker *tracker)
 	if (!wanted)
 		return;
 	sigset_t signals;
-	int stat = open_stat(wanted); // -1: it has ended, or is none of this process: nobody looks for it again
+	struct file_id id, old_id = follower->stat_file;
+	int stat = open_stat(wanted, &id); // if it is not to be had nobody looks for it again
 	pmc_hold_fault_thread(tracker, &signals);
 	int old = follower->stat;
-	uint32_t known = follower->known;
 	follower->stat = stat;
+	follower->stat_file = id;
 	follower->known = wanted;
 	atomic_store_explicit(&follower->wanted, 0, memory_order_relaxed);
 	pmc_release_fault_thread(tracker, &signals);
-	if (old >= 0 && is_ours(old, known))
-		close(old);
+	pmc_close_file(&old, old_id);
 }
 
 // ---- In the fault threads ------------------------------------------------------------------------------------------

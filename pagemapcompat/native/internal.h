@@ -1,6 +1,7 @@
-// What the C files share. Layers, each using only those before it: output, image, files, vmas, uffd, lock, follow, fault,
-// owed, then the engines (words, scan), then tracker, range, cursor, operations and copy; and query, for
-// which there need be no tracker.
+// What the C files share. Layers, each using only those before it: output, image, files, vmas, uffd, lock, follow,
+// fault, owed, then the engines (words, scan), then tracker, range, cursor, operations and copy; and query, for which
+// there need be no tracker. Two calls point up: words asks pmc_next_untracked(), since huge pages are its own under the
+// other engine too; and a tracker closes its ranges by pmc_range_close_locked().
 #ifndef PMC_INTERNAL_H
 #define PMC_INTERNAL_H
 
@@ -246,6 +247,7 @@ struct follower {
 	atomic_uint wanted; // the thread whose file is to be opened, or 0; read without the lock
 	uint32_t known; // whose was
 	int stat; // that file, or -1
+	struct file_id stat_file;
 };
 
 struct pmc_tracker {
