@@ -7,7 +7,7 @@ what it asked for. cffi releases the GIL around every call.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from pagemapcompat._native import ffi, lib
 from pagemapcompat.errors import ClosedError
@@ -24,9 +24,11 @@ class _Handle:
     """Owns what C creates into `out`. Once finalized it is closed for whoever still has it, as in a reference cycle."""
 
     __slots__ = ("c", "out")
+    _POINTER: ClassVar[str]
+    """The C type of `out`."""
 
-    def __init__(self, kind: str) -> None:
-        self.out: Any = ffi.new(kind)
+    def __init__(self) -> None:
+        self.out: Any = ffi.new(self._POINTER)
         self.c: Any = _NULL
         """What is in `out`, for calls."""
 
@@ -44,6 +46,7 @@ class TrackerHandle(_Handle):
     """Owns a `struct pmc_tracker`."""
 
     __slots__ = ()
+    _POINTER = "struct pmc_tracker **"
     _destroy = staticmethod(lib.pmc_tracker_destroy)
 
 
@@ -51,6 +54,7 @@ class RangeHandle(_Handle):
     """Owns a `struct pmc_range`."""
 
     __slots__ = ()
+    _POINTER = "struct pmc_range **"
     _destroy = staticmethod(lib.pmc_range_destroy)
 
 
@@ -58,6 +62,7 @@ class CursorHandle(_Handle):
     """Owns a `struct pmc_cursor`."""
 
     __slots__ = ()
+    _POINTER = "struct pmc_cursor **"
     _destroy = staticmethod(lib.pmc_cursor_destroy)
 
 
@@ -138,7 +143,8 @@ _new_result = ffi.new_allocator(should_clear_after_alloc=True)
 _release_result = lib.pmc_result_release
 _RESULT = ffi.typeof("struct pmc_result *")
 _REGION_SIZE = ffi.sizeof("struct page_region")
-_REGION = Struct("=QQQ")
+REGION: Final = Struct("=QQQ")
+"""The words of a `struct page_region`: start, end, categories."""
 _SPAN = Struct("=QQ")
 _PAGE_SIZE = 1 << lib.pmc_page_shift()
 
@@ -231,12 +237,12 @@ def result_of(start: int, end: int) -> Result:
 
 def region(start: int, end: int) -> bytes:
     """The words of one."""
-    return _REGION.pack(start, end, lib.PAGE_IS_WRITTEN)
+    return REGION.pack(start, end, lib.PAGE_IS_WRITTEN)
 
 
 def triples(result: Result) -> Iterator[tuple[int, int, int]]:
     """start, end and categories of every region."""
-    return _REGION.iter_unpack(words(result))
+    return REGION.iter_unpack(words(result))
 
 
 def words(result: Result, owner: object = None) -> memoryview:
@@ -401,14 +407,14 @@ def tracker_create(uffd: int, pagemap: int, abilities: int) -> tuple[int, Tracke
     """Start a tracker, which owns both descriptors from now on, on failure too."""
     result = new_result()
     config = ffi.new("struct pmc_config *", {"uffd": uffd, "pagemap": pagemap, "abilities": abilities})
-    handle = TrackerHandle("struct pmc_tracker **")  # before the call, so that an interrupt after it leaks nothing
+    handle = TrackerHandle()  # before the call, so that an interrupt after it leaks nothing
     rc = int(lib.pmc_tracker_create(handle.out, config, result))
     handle.c = handle.out[0]
     return rc, None if rc else handle, result
 
 
 def tracker_close(tracker: TrackerHandle) -> int:
-    """Unregister everything, end the fault thread, close the descriptors. In a forked child: only the last."""
+    """Unregister everything, end the fault threads, close the descriptors. In a forked child: only the last."""
     return int(lib.pmc_tracker_close(tracker.c))
 
 
@@ -418,7 +424,7 @@ def tracker_state(tracker: TrackerHandle) -> int:
 
 
 def tracker_fault_errno(tracker: TrackerHandle) -> int:
-    """Why the fault thread ended."""
+    """Why a fault thread ended."""
     return int(lib.pmc_tracker_fault_errno(tracker.c))
 
 
@@ -435,7 +441,7 @@ def range_create(
 ) -> tuple[int, RangeHandle | None, Result]:
     """Register and protect. *rearm*: collects and resets do so with what has lost its registration."""
     result = new_result()
-    handle = RangeHandle("struct pmc_range **")
+    handle = RangeHandle()
     rc = int(lib.pmc_range_create(handle.out, tracker.c, start, end, lib.PMC_REARM if rearm else 0, result))
     handle.c = handle.out[0]
     return rc, None if rc else handle, result
@@ -462,8 +468,8 @@ def range_exact(handle: RangeHandle) -> bool:
 
 
 def cursor_create(handle: RangeHandle) -> tuple[int, CursorHandle | None]:
-    """Another reader of a range."""
-    cursor = CursorHandle("struct pmc_cursor **")
+    """A reader of a range."""
+    cursor = CursorHandle()
     rc = int(lib.pmc_cursor_create(cursor.out, handle.c))
     cursor.c = cursor.out[0]
     return rc, None if rc else cursor

@@ -191,10 +191,16 @@ class Feature(Enum):
     """Guard pages inside a mapping."""
 
 
+def category_feature(category: PageCategory) -> Feature:
+    """Whether PAGEMAP_SCAN knows *category*, one with a name."""
+    return Feature[f"CATEGORY_{category.name}"]
+
+
 class Guarantee(Flag):
     """What a backend promises.
 
-    Without a promise it may be less precise or slower; it never calls a written page clean, but for what DISCARDS says.
+    Without a promise it may be less precise or slower; it never calls a written page clean, but for what DISCARDS
+    says, and for what the README lists as outside the promises.
 
     Attributes:
         EXACT: With no writer running during the call, and no discard, KSM merge, remap, guard change or hugetlb memory

@@ -1,8 +1,8 @@
 """The backends.
 
 A backend is an engine of the C core with the descriptors it works on. The operations of the mailing list are here:
-`scan` is GET, and with a flag ENGAGE_WP + GET, as with the ioctl; `engage_wp` is the last alone, and `disengage_wp` its
-opposite.
+`scan` is GET, and with a flag ENGAGE_WP + GET, as with the ioctl; `engage_wp` is ENGAGE_WP && !GET, and `disengage_wp`
+its opposite.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from pagemapcompat.errors import (
 )
 from pagemapcompat.limits import NOT_DUMPABLE_HINT
 from pagemapcompat.memory import AddressRange
-from pagemapcompat.pagemap import LOST_FILE
-from pagemapcompat.refusals import raise_einval
+from pagemapcompat.refusals import LOST_FILE, raise_einval
 from pagemapcompat.results import ScanResult
 from pagemapcompat.userfaultfd import Attempt, Way, open_hint, open_userfaultfd
 
@@ -61,7 +60,7 @@ class BackendStatistics:
 
         pages: Handed out by collect.
 
-        faults: Resolved by the fault thread; 0 where there is none.
+        faults: Resolved by fault threads; 0 where there are none.
 
         owed_pages: Taken, or declared written, and not yet handed out: the sum over all cursors.
     """
@@ -221,7 +220,10 @@ class Backend:
                 error.errno or EPERM, "open /proc/self/pagemap", error.strerror or "", hint=NOT_DUMPABLE_HINT
             ) from error
         except OSError as error:
-            raise KernelError.make(error.errno or 0, "open /proc/self/pagemap", error.strerror or "") from error
+            hint = _TOO_MANY_HINT if error.errno in (EMFILE, ENFILE) else None
+            raise KernelError.make(
+                error.errno or 0, "open /proc/self/pagemap", error.strerror or "", hint=hint
+            ) from error
 
     def _open_uffd(self) -> tuple[int, tuple[Attempt, ...]]:
         attempts: list[Attempt] = []
@@ -473,8 +475,6 @@ class Backend:
                 range=asked,
                 hint="a write fault there could not be answered; track only memory that you allocated",
             )
-        if number in LOST_FILE:
-            raise KernelError.make(number, operation, os.strerror(number), range=asked, hint=_LOST_FILE_HINT)
         if operation == "UFFDIO_REGISTER" and result is not None and result.untracked_end:
             self._refuse(number, AddressRange(result.untracked_start, result.untracked_end), operation)
         if number == ENOENT and not operation.startswith("/proc/"):
@@ -490,8 +490,9 @@ class Backend:
             )
         if number == ESRCH:
             raise TargetGoneError.make(ESRCH, operation, "the memory is gone", range=asked)
-        hint = "memory for page tables or results ran out" if number == ENOMEM else None
-        raise KernelError.make(number, operation, os.strerror(number), range=asked, hint=hint)
+        text = os.strerror(number) if asked is None else f"{os.strerror(number)}, for {asked}"
+        hint = _LOST_FILE_HINT if number in LOST_FILE else _HINTS.get(number)
+        raise KernelError.make(number, operation, text, range=asked, hint=hint)
 
     # -- Life ---------------------------------------------------------------------------------------------------
 
@@ -514,7 +515,7 @@ class Backend:
         return BackendStatistics(backend=self.name, **counters)
 
     def close(self) -> None:
-        """Unregister everything, end the fault thread, close the descriptors. Idempotent; waits for running calls.
+        """Unregister everything, end the fault threads, close the descriptors. Idempotent; waits for running calls.
 
         In a forked child it closes the child's copies of the descriptors, and touches nothing else.
         """
@@ -525,6 +526,8 @@ class Backend:
 
 _OWN_ERRORS = frozenset({_kernel.ECLOSED, _kernel.EFORKED, _kernel.EFAULTTHREAD})
 _START_ANEW = "take all memory as written, close this tracker and make a new one"
+_TOO_MANY_HINT = "see ulimit -n, and /proc/sys/fs/file-nr"
+_HINTS = {ENOMEM: "memory for page tables or results ran out; of what is large, ask for what is mapped, in parts"}
 _LOST_FILE_HINT = (
     f"somebody closed or replaced this library's descriptor; {_START_ANEW}, and close only descriptors that you opened"
 )
@@ -538,8 +541,8 @@ def _calibrate() -> None:
     global _ALONE  # noqa: PLW0603 - so that to ask costs no more than to look up a name
     nobody, nowhere, old, new = Backend.__new__(Backend), AddressRange(0, 0), 1, 2
     closed = Attached(
-        handle=_kernel.RangeHandle("struct pmc_range **"),
-        cursor=_kernel.CursorHandle("struct pmc_cursor **"),
+        handle=_kernel.RangeHandle(),
+        cursor=_kernel.CursorHandle(),
         range=nowhere,
         start=new,
         length=0,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from pagemapcompat import cli_formats, cli_scan
-from pagemapcompat.abi import EntryFlag, Feature, Guarantee, PageCategory
+from pagemapcompat.abi import EntryFlag, Feature, Guarantee, PageCategory, category_feature
 from pagemapcompat.cli_streams import (
     EXIT_ACCESS,
     EXIT_BROKEN_PIPE,
@@ -243,7 +243,7 @@ def readable(pid: int | Literal["self"]) -> dict[str, Any]:
         with Pagemap(pid) as pagemap:
             one = AddressRange(page_size(), 2 * page_size())
             for category in PageCategory:
-                answers[f"category-{str(category.name).lower().replace('_', '-')}"] = _scans(pagemap, one, category)
+                answers[category_feature(category).value] = _scans(pagemap, one, category)
             answers["pfn"] = _shows_pfn(pagemap)
     return {"schema": SCHEMA, "pid": cli_scan.pid_here(pid), "answers": answers}
 

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from pagemapcompat.abi import Feature, PageCategory
+from pagemapcompat.abi import Feature, PageCategory, category_feature
 from pagemapcompat.cli_streams import (
     EXIT_ACCESS,
     EXIT_BROKEN_PIPE,
@@ -54,7 +54,8 @@ categories: {", ".join(str(category.name).lower() for category in PageCategory)}
 Sizes count pages of the category; "?" (null in JSON, empty in CSV) is what cannot be told here; JSON lists it in
 "unknown". "written" counts pages of tracked memory alone and is "-" (null, empty) where there are none: of other
 memory nobody knows. --regions, --only and --not take the kernel's word for it, which calls memory written that is not
-tracked; name wpallowed too.
+tracked; name wpallowed too. "swapped" counts what the kernel calls so, and that are empty pages which are
+write-protected, too.
 
 exit status:
   {EXIT_OK}    all went well
@@ -358,7 +359,7 @@ def _told(pagemap: Pagemap, mentioned: PageCategory) -> PageCategory:
 
 def check_is_set(category: PageCategory) -> None:
     """Refuse what this kernel never sets, which the ioctl takes: SOFT_DIRTY without CONFIG_MEM_SOFT_DIRTY."""
-    result = probe()[Feature(f"category-{str(category.name).lower().replace('_', '-')}")]
+    result = probe()[category_feature(category)]
     if probe().supports(Feature.PAGEMAP_SCAN) and result.state == "no":
         raise UnsupportedError.make(
             EOPNOTSUPP, "PAGEMAP_SCAN", f"this kernel never says {category.name}: {result.detail}", hint=result.hint

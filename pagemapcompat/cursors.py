@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from pagemapcompat import _kernel
 from pagemapcompat.errors import AlignmentError, InvalidArgumentError
-from pagemapcompat.memory import AddressRange, page_size, whole_number
-from pagemapcompat.pagemap import check_max_pages
+from pagemapcompat.memory import AddressRange, check_max_pages, page_size, whole_number
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -76,6 +75,8 @@ class Cursor:
 
         Raises:
             AlignmentError: An offset is not on a page boundary.
+
+            InvalidArgumentError: An offset lies outside of the memory, *stop* before *start*; *max_pages* is below 1.
 
             ClosedError: The range or its tracker is closed, or belongs to the parent process.
 

@@ -10,7 +10,9 @@ import attrs
 from pagemapcompat import _kernel
 from pagemapcompat.memory import page_size
 
-NOT_DUMPABLE_HINT = "this process is not dumpable, as after dropping privileges: prctl(PR_SET_DUMPABLE, 1)"
+NOT_DUMPABLE_HINT = (
+    "this process is not dumpable, as after dropping privileges: prctl(PR_SET_DUMPABLE, 1), then probe(refresh=True)"
+)
 """What to do where this process may not open what is in /proc/self."""
 _CAPABILITIES = {19: "CAP_SYS_PTRACE", 21: "CAP_SYS_ADMIN", 40: "CAP_CHECKPOINT_RESTORE"}
 """Those that matter here, by number (`include/uapi/linux/capability.h`)."""

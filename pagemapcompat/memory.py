@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
 _PAGE_SIZE = os.sysconf("SC_PAGESIZE")
 PAGE_SHIFT = _PAGE_SIZE.bit_length() - 1
+_MOST_PAGES = 1 << 47
+"""More than any address space has, and few enough to be counted in bytes."""
 USER_END = 1 << 63
 """The kernel's half of the address space begins here at the latest, on every 64-bit architecture."""
 
 ALIGNED_HINT = (
     "memory from mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) is page aligned; "
-    "for numpy use np.frombuffer(that mmap, dtype=...)"
+    "for numpy use np.frombuffer(that mmap, dtype=...), of whole pages, or give the mmap itself"
 )
 
 
@@ -50,6 +52,16 @@ def whole_number(value: SupportsIndex, hint: str) -> int:
     except TypeError as error:
         error.add_note(f"hint: {hint}")
         raise
+
+
+def check_max_pages(max_pages: int | None) -> int:
+    """What C takes for *max_pages*: 0 is no limit."""
+    if max_pages is None:
+        return 0
+    count = whole_number(max_pages, f"max_pages={max_pages!r}: give a whole number of pages, or None for all")
+    if count < 1:
+        raise InvalidArgumentError(f"max_pages={count} asks for no page").with_hint("give at least 1, or None for all")
+    return min(count, _MOST_PAGES)
 
 
 def _address(value: SupportsIndex) -> int:

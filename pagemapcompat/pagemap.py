@@ -8,18 +8,13 @@ import os
 import threading
 from errno import (
     EACCES,
-    EBADF,
-    EBADMSG,
     EFAULT,
     EINVAL,
-    EISDIR,
     EMFILE,
     ENFILE,
     ENOENT,
-    ENOTTY,
     EOPNOTSUPP,
     EPERM,
-    ESPIPE,
     ESRCH,
 )
 from pathlib import Path
@@ -39,8 +34,9 @@ from pagemapcompat.errors import (
     UnsupportedError,
 )
 from pagemapcompat.limits import NOT_DUMPABLE_HINT
-from pagemapcompat.memory import PAGE_SHIFT, AddressRange, Memory, pin, whole_number
+from pagemapcompat.memory import PAGE_SHIFT, AddressRange, Memory, check_max_pages, pin, whole_number
 from pagemapcompat.probe import probe
+from pagemapcompat.refusals import LOST_FILE
 from pagemapcompat.registrations import registered
 from pagemapcompat.results import ScanResult
 
@@ -50,8 +46,6 @@ if TYPE_CHECKING:
 
 
 _WORD_SIZE = 8
-_MOST_PAGES = 1 << 47
-"""More than any address space has, and few enough to be counted in bytes."""
 _SWAP_TYPE_BITS = 5
 _SHOWN_BY = {
     PageCategory.WRITTEN: Feature.PAGEMAP_UFFD_WP,
@@ -59,8 +53,6 @@ _SHOWN_BY = {
     PageCategory.GUARD: Feature.PAGEMAP_GUARD,
 }
 """What a kernel's words must show before they can tell a category."""
-LOST_FILE = frozenset({EBADF, EBADMSG, EISDIR, ENOTTY, ESPIPE})
-"""What calls on this library's own descriptors fail with once they are nobody's, or another file's, and else never."""
 _LOST_FILE_HINT = (
     "somebody closed or replaced this library's descriptor; open another Pagemap, and close only what you opened"
 )
@@ -166,7 +158,8 @@ class PagemapEntry:
 
         pfn: The page frame number, or None: not present, or this process may not see it (CAP_SYS_ADMIN).
 
-        swap: (type, offset) of a swap entry, or None. Both are 0 where they may not be seen.
+        swap: (type, offset) of a swap entry, or of a migration entry or marker, whose types are the kernel's own; or
+            None. Both are 0 where they may not be seen.
     """
 
     flags: EntryFlag
@@ -410,10 +403,17 @@ class Pagemap:
             max_pages: Stop after this many pages; `resume_at` says where to go on.
 
         Raises:
+            AlignmentError: The memory does not begin and end on page boundaries.
+
+            InvalidArgumentError: *max_pages* is below 1; or, by the ioctl, the memory goes beyond the user's address
+                space, which words read as unmapped.
+
             UnsupportedError: A category that this kernel does not have (EINVAL), or that words cannot tell
                 (EOPNOTSUPP).
 
             TargetGoneError: The process ended (ESRCH).
+
+            ClosedError: This is closed.
 
         Source: fs/proc/task_mmu.c, do_pagemap_scan.
         """
@@ -585,13 +585,3 @@ def _beyond(asked: AddressRange) -> InvalidArgumentError:
     return InvalidArgumentError(f"{asked} is not in the user's address space").with_hint(
         "end it where the last mapping of /proc/PID/maps ends, [vsyscall] left out"
     )
-
-
-def check_max_pages(max_pages: int | None) -> int:
-    """What C takes for *max_pages*: 0 is no limit."""
-    if max_pages is None:
-        return 0
-    count = whole_number(max_pages, f"max_pages={max_pages!r}: give a whole number of pages, or None for all")
-    if count < 1:
-        raise InvalidArgumentError(f"max_pages={count} asks for no page").with_hint("give at least 1, or None for all")
-    return min(count, _MOST_PAGES)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from struct import Struct
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from pagemapcompat import _kernel
 from pagemapcompat.backends import Attached, Backend, PagemapScanBackend, UffdWpBackend
 from pagemapcompat.errors import ClosedError, DisagreementError, KernelError, PagemapCompatError
-from pagemapcompat.memory import PAGE_SHIFT, AddressRange, page_size
+from pagemapcompat.memory import PAGE_SHIFT, USER_END, AddressRange, page_size
 from pagemapcompat.results import ScanResult
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from pagemapcompat.probe import FeatureReport
 
 NAME: Final = "paranoid"
-_REGION = Struct("=QQQ")
 _ROUNDS = 3
 """How often a page must be found lost. Once is not enough: it may have been unmapped between two looks."""
 
@@ -264,7 +262,7 @@ def _without(pages: _kernel.Result, others: Iterable[tuple[int, int, int]]) -> _
     """The pages that are in none of *others*, which ascend."""
     left = bytearray()
     end = 0
-    blocked = iter([*others, (1 << 63, 1 << 63, 0)])
+    blocked = iter([*others, (USER_END, USER_END, 0)])
     block, block_end, _ = next(blocked)
     for start, end, categories in _kernel.triples(pages):
         at = start
@@ -272,7 +270,7 @@ def _without(pages: _kernel.Result, others: Iterable[tuple[int, int, int]]) -> _
             while block_end <= at:
                 block, block_end, _ = next(blocked)
             if at < block:
-                left += _REGION.pack(at, min(end, block), categories)
+                left += _kernel.REGION.pack(at, min(end, block), categories)
             at = max(at, min(end, block_end))
     return _kernel.restore_result(bytes(left), end)
 

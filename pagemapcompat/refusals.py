@@ -1,13 +1,16 @@
-"""Why the kernel refused memory with EINVAL, which says nothing of itself."""
+"""Why the kernel refused, where its errno says nothing of itself."""
 
 from __future__ import annotations
 
-from errno import EINVAL
+from errno import EBADF, EBADMSG, EINVAL, EISDIR, ENOTTY, ESPIPE
 from typing import NoReturn
 
 from pagemapcompat.errors import AlignmentError, NotTrackableError
 from pagemapcompat.mappings import Mapping, own_mappings
 from pagemapcompat.memory import AddressRange, page_size
+
+LOST_FILE = frozenset({EBADF, EBADMSG, EISDIR, ENOTTY, ESPIPE})
+"""What calls on this library's own descriptors fail with once they are nobody's, or another file's, and else never."""
 
 
 def raise_einval(operation: str, memory: AddressRange, backend: str) -> NoReturn:

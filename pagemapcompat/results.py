@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from struct import iter_unpack
 from sys import getrefcount
 from typing import TYPE_CHECKING, NoReturn, overload
 
@@ -18,7 +17,6 @@ from pagemapcompat.memory import PAGE_SHIFT, AddressRange
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_REGION = "=QQQ"
 _categories: dict[int, PageCategory] = {}
 
 
@@ -122,7 +120,7 @@ class ScanResult(Sequence[PageRegion]):
 
     def __iter__(self) -> Iterator[PageRegion]:
         """Every region, in order."""
-        for start, end, categories in iter_unpack(_REGION, self.as_u64()):
+        for start, end, categories in _kernel.REGION.iter_unpack(self.as_u64()):
             yield PageRegion(start, end, _category(categories))
 
     def __eq__(self, other: object) -> bool:
@@ -156,7 +154,7 @@ class ScanResult(Sequence[PageRegion]):
         base = self._base
         return chain.from_iterable(
             range((start - base) >> PAGE_SHIFT, (end - base) >> PAGE_SHIFT)
-            for start, end, _ in iter_unpack(_REGION, self.as_u64())
+            for start, end, _ in _kernel.REGION.iter_unpack(self.as_u64())
         )
 
     def fill_bitmap(self, out: Buffer) -> int:
@@ -237,7 +235,7 @@ def _calibrate() -> None:
 
 
 def _answer_of(words: bytes) -> ScanResult:
-    result = _kernel.new_request(_kernel.CursorHandle("struct pmc_cursor **"))
+    result = _kernel.new_request(_kernel.CursorHandle())
     answer = ScanResult(result, AddressRange(0, 0), 0, 0, _kernel.own(result))
     _kernel.fill(result, words)
     return answer

@@ -233,9 +233,14 @@ class DirtyTracker:
 
             NotTrackableError: A read-only buffer, a mapping the kernel refuses, nothing mapped, or the caller's stack.
 
+            InvalidArgumentError: It is empty, or negative.
+
+            KernelError: There is no memory for what is noted of so much (ENOMEM), one bit a page and more.
+
             ClosedError: The tracker is closed.
 
-        Cost: 3 to 18 ns a page; on kernels without `uffd-wp-unpopulated` readable pages are populated too. With
+        Cost: 3 to 18 ns a page, and page tables for all of it, also where nothing is: a word a page, 2 MiB a GiB. On
+        kernels without `uffd-wp-unpopulated` readable pages are populated too. With
         `pagemap-scan` an empty reserve of 32 MiB or more that is barred (PROT_NONE) costs next to nothing, here and
         later; its range then lacks EXACT, for a first write may bring a huge page, all of which counts.
         """
@@ -266,7 +271,7 @@ class DirtyTracker:
         return self._backend.statistics()
 
     def close(self) -> None:
-        """Stop watching everything, end the fault thread, close the descriptors.
+        """Stop watching everything, end the fault threads, close the descriptors.
 
         Idempotent; waits for running calls.
         """

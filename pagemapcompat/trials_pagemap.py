@@ -8,7 +8,7 @@ from errno import EINVAL, EPERM
 from typing import TYPE_CHECKING
 
 from pagemapcompat import _kernel
-from pagemapcompat.abi import PFN_MASK, EntryFlag, Feature, PageCategory, UffdFeature
+from pagemapcompat.abi import PFN_MASK, EntryFlag, Feature, PageCategory, UffdFeature, category_feature
 from pagemapcompat.laboratory import ABSENT, DENIED, HUGE, Answer, Laboratory, State, Trial, check, yes
 from pagemapcompat.limits import NOT_DUMPABLE_HINT
 from pagemapcompat.memory import page_size
@@ -215,7 +215,7 @@ PAGEMAP_TRIALS: Mapping[Feature, Trial] = {
     Feature.PAGEMAP_SCAN: _pagemap_scan,
     Feature.PAGEMAP_SCAN_DISCARDS: _scan_discards,
     Feature.PAGEMAP_SCAN_HOLES: _scan_holes,
-    **{Feature[f"CATEGORY_{category.name}"]: _knows(category) for category in PageCategory},
+    **{category_feature(category): _knows(category) for category in PageCategory},
     Feature.PROCMAP_QUERY: _procmap_query,
     Feature.MADV_POPULATE_READ: _advises(_kernel.MADV_POPULATE_READ, "MADV_POPULATE_READ", "5.14"),
     Feature.MADV_GUARD: _advises(_kernel.MADV_GUARD_INSTALL, "MADV_GUARD_INSTALL", "6.13"),

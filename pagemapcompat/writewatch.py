@@ -13,18 +13,17 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
-from errno import EACCES, EINVAL, ENOMEM
 from itertools import chain
-from struct import iter_unpack
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex, overload
 
 import attrs
 
 from pagemapcompat import _kernel
 from pagemapcompat.abi import Feature, PageCategory
-from pagemapcompat.errors import AlignmentError, InvalidArgumentError, KernelError, PagemapCompatError
-from pagemapcompat.mappings import Mapping, own_mappings
-from pagemapcompat.memory import AddressRange, page_size, whole_number
+from pagemapcompat.errors import AlignmentError, InvalidArgumentError, PagemapCompatError
+from pagemapcompat.mappings import own_mappings
+from pagemapcompat.memory import AddressRange, whole_number
+from pagemapcompat.own_memory import PROT_NONE, checked_protection, discard, mapped_throughout, populate, protect
 from pagemapcompat.pagemap import Pagemap, ScanQuery
 from pagemapcompat.probe import probe
 from pagemapcompat.results import ScanResult
@@ -37,18 +36,9 @@ WRITE_WATCH_GRANULARITY = 1 << 12
 """What Windows counts in, whatever the host's page size."""
 WRITE_WATCH_FLAG_RESET = 1
 _FAILURE = 0xFFFF_FFFF
-_PROT_NONE = 0
 _POINTER_SIZES = (4, 8)
-_CHUNK = 1 << 20
-_READINGS = 100
 _HOLDING = PageCategory.PRESENT | PageCategory.SWAPPED
 _EMPTY = ScanQuery(all_of=_HOLDING, inverted=_HOLDING)
-_HINTS = {
-    ("mprotect", EACCES): "the file is open for reading alone",
-    ("mprotect", ENOMEM): "part of it is not mapped, or /proc/sys/vm/max_map_count is reached",
-    ("/proc/self/maps", ENOMEM): "part of it is not mapped, or mappings change all the time: let them rest",
-    ("madvise", EINVAL): "locked memory cannot be discarded (munlock it), nor hugetlb memory before Linux 5.18",
-}
 
 
 class Win32Error(IntEnum):
@@ -60,7 +50,7 @@ class Win32Error(IntEnum):
 
 
 def _number(name: str, value: SupportsIndex) -> int:
-    return whole_number(value, f"{name}={value!r}: give a whole number, or leave it out")
+    return whole_number(value, f"{name}={value!r}: give a whole number; where it may be left out, None")
 
 
 class WrittenAddresses(Sequence[int]):
@@ -381,7 +371,7 @@ class WriteWatch:
 
             InvalidArgumentError, ClosedError, FaultThreadError: As for `get`.
         """
-        asked = self._asked(base, size)
+        asked = self._asked(_number("base", base), _number("size", size))
         self._check_open()
         with self._lock:
             self._ram.unprotect(*self._offsets(asked))
@@ -410,12 +400,12 @@ class WriteWatch:
         Cost: one mprotect; where empty pages cannot carry a mark also 1.5 us for each page that was unreadable.
         """
         memory = self._pages(base, size)
-        protection = _protection(protection)
+        protection = checked_protection(protection)
         self._check_open()
         with self._lock:
             if not self._empty_carry_marks:
                 self._populate(memory)
-            _protect(memory, protection)
+            protect(memory, protection)
 
     def _populate(self, memory: AddressRange) -> None:
         """Let pages that hold nothing carry a mark, where nobody can write to them meanwhile."""
@@ -434,7 +424,7 @@ class WriteWatch:
         if stop - start != memory.length:
             return  # among huge pages: what is beside it would be reset too
         written = self._cursor.peek(start, stop)
-        _read(memory)
+        populate(memory)
         # It may have been declared written, and hidden since.
         for lo, hi in chain(written.spans(), [(written.walk_end - self._ram.range.start, stop)]):
             self._cursor.reset(start, lo)
@@ -460,13 +450,14 @@ class WriteWatch:
         memory = self._pages(base, size)
         self._check_open()
         with self._lock:
-            _protect(memory, _PROT_NONE)
             # No kernel shows the others a discard of shared memory, nor the oldest one of any. Declared before: if it
-            # fails nothing is gone, and if a discard does they know; and after: somebody may have collected meanwhile.
+            # fails nothing has changed, and if a discard does they know; and after: somebody may have collected
+            # meanwhile.
             self._ram.unprotect(*self._offsets(memory))
+            protect(memory, PROT_NONE)
             try:
-                for mapping in _all_mappings(memory):
-                    _discard(_common(mapping.range, memory), shared=mapping.is_shared)
+                for mapping in mapped_throughout(memory):
+                    discard(_common(mapping.range, memory), shared=mapping.is_shared)
             finally:
                 self._ram.unprotect(*self._offsets(memory))
             self._forget(memory)
@@ -561,7 +552,7 @@ class WriteWatch:
     def _pages(self, base: int, size: int) -> AddressRange:
         """The pages of the host that are exactly this."""
         base = _number("base", base)
-        asked = self._asked(base, size)
+        asked = self._asked(base, _number("size", size))
         start, stop = self._offsets(asked)
         whole = self._ram.range
         memory = AddressRange(whole.start + start, whole.start + stop)
@@ -615,7 +606,8 @@ def _up(value: int, unit: int) -> int:
 def _addresses(words: memoryview[int], shift: int = 0) -> Iterator[int]:
     """The address, plus *shift*, of every 4096 bytes of the regions of a result."""
     return chain.from_iterable(
-        range(start + shift, end + shift, WRITE_WATCH_GRANULARITY) for start, end, _ in iter_unpack("=QQQ", words)
+        range(start + shift, end + shift, WRITE_WATCH_GRANULARITY)
+        for start, end, _ in _kernel.REGION.iter_unpack(words)
     )
 
 
@@ -628,69 +620,6 @@ def _runs(addresses: Iterable[int]) -> memoryview[int]:
         else:
             words.extend((address, address + WRITE_WATCH_GRANULARITY, 0))
     return memoryview(words).toreadonly()
-
-
-def _check(rc: int, operation: str, memory: AddressRange, detail: str = "") -> None:
-    if rc:
-        hint = _HINTS.get((operation, -rc))
-        raise KernelError.make(-rc, operation, detail + os.strerror(-rc), range=memory, hint=hint)
-
-
-def _all_mappings(memory: AddressRange) -> list[Mapping]:
-    """Those of memory that is mapped throughout.
-
-    Since 6.17 the text is made without the lock of the mappings. Beside mprotect(2) it may leave one out.
-    """
-    for _ in range(_READINGS):
-        found, end = own_mappings(memory), memory.start
-        for mapping in found:
-            if mapping.start <= end:
-                end = max(end, mapping.end)
-        if end >= memory.end:
-            break
-    else:
-        _check(-ENOMEM, "/proc/self/maps", memory)
-    return found
-
-
-def _protection(value: int) -> int:
-    # Machines have protections of their own, so that which there are is the kernel's to say.
-    hint = "or together mmap.PROT_READ, PROT_WRITE and PROT_EXEC; or give 0"
-    protection = whole_number(value, f"protection={value!r}: {hint}")
-    if not 0 <= protection < 1 << 31:
-        raise InvalidArgumentError(f"protection={protection:#x} is none of mprotect(2)").with_hint(hint)
-    return protection
-
-
-def _protect(memory: AddressRange, protection: int) -> None:
-    rc = _kernel.mprotect(memory.start, memory.end, protection)
-    _check(rc, "mprotect", memory, f"protection={protection:#x}: ")
-
-
-def _discard(memory: AddressRange, *, shared: bool) -> None:
-    advice = mmap.MADV_REMOVE if shared else mmap.MADV_DONTNEED
-    rc = _kernel.madvise(memory.start, memory.end, advice)
-    if shared and rc == -EACCES:
-        # madvise_remove() used to ask that it be writable now (VM_WRITE), not that it may ever be (VM_MAYWRITE).
-        _protect(memory, mmap.PROT_WRITE)
-        rc = _kernel.madvise(memory.start, memory.end, advice)
-        _protect(memory, _PROT_NONE)
-    _check(rc, "madvise", memory)
-
-
-def _read(memory: AddressRange) -> None:
-    """Read every page, whatever its protection, which gives empty ones the zero page.
-
-    Not by loads: a mprotect in another thread would turn one into a SIGSEGV.
-    """
-    buffer = memoryview(bytearray(min(_CHUNK, memory.length)))
-    at = memory.start
-    with open("/proc/self/mem", "rb", buffering=0) as own:
-        while at < memory.end:
-            try:
-                at += os.preadv(own.fileno(), [buffer[: memory.end - at]], at)
-            except OSError:
-                at += page_size()  # unmapped meanwhile, or a guard page
 
 
 __all__ = [

@@ -48,8 +48,8 @@ from pagemapcompat import (
     KernelError,
     NotTrackedError,
     TrackedRange,
+    own_memory,
     probe,
-    writewatch,
 )
 from pagemapcompat.mappings import Mapping, own_mappings
 from pagemapcompat.writewatch import (
@@ -443,7 +443,7 @@ def test_what_the_mappings_leave_out_is_taken_back(tracker: DirtyTracker, monkey
         left_out, readings = readings, readings + 1
         return [one for number, one in enumerate(found) if number != left_out]
 
-    monkeypatch.setattr(writewatch, "own_mappings", without_one)
+    monkeypatch.setattr(own_memory, "own_mappings", without_one)
     watch.decommit(GUEST, watch.size)
     assert readings == 4
     assert call(watch) == []
@@ -451,6 +451,21 @@ def test_what_the_mappings_leave_out_is_taken_back(tracker: DirtyTracker, monkey
     watch.commit(GUEST, watch.size)
     assert memory[:] == bytes(len(memory))
     assert call(watch) == []
+
+
+def test_a_decommit_that_is_refused_changes_nothing(tracker: DirtyTracker) -> None:
+    """Memory of which a part is not tracked any more keeps its protection, and the rest its content."""
+    memory = private(4)
+    with tracker.track(memory) as ram, WriteWatch(ram, base=GUEST) as watch:
+        write(memory, 0, 3)
+        part = AddressRange.from_length(ram.range.start + PAGE, PAGE)
+        libc.mmap(PAGE, address=part.start)
+        before = [mapping.permissions for mapping in own_mappings(ram.range)]
+        with pytest.raises(NotTrackedError):
+            watch.decommit(GUEST, 4 * PAGE)
+        assert [mapping.permissions for mapping in own_mappings(ram.range)] == before
+        assert memory[0]
+        assert memory[3 * PAGE]
 
 
 def test_memory_that_is_unmapped_while_it_is_taken_back(
@@ -464,7 +479,7 @@ def test_memory_that_is_unmapped_while_it_is_taken_back(
         libc.munmap(memory.start + 2 * PAGE, PAGE)
         return own_mappings(asked)
 
-    monkeypatch.setattr(writewatch, "own_mappings", unmapped)
+    monkeypatch.setattr(own_memory, "own_mappings", unmapped)
     with pytest.raises(KernelError, match="/proc/self/maps") as caught:
         watch.decommit(GUEST, 4 * PAGE)
     assert (caught.value.errno, caught.value.range) == (errno.ENOMEM, AddressRange.from_length(memory.start, 4 * PAGE))

@@ -28,7 +28,6 @@
 
 #define STACK_SIZE (128 << 10) // and twice as much until it is enough
 #define STACK_LIMIT (256 << 20)
-#define MESSAGES 16
 #define STOP_SECONDS 3
 #define OPENING_NS 50000 // until a page that is being opened is looked at again; that takes 5 us
 
@@ -73,15 +72,15 @@ static void note_answer(struct pmc_tracker *tracker, struct stretch stretch)
 	tracker->answers[atomic_fetch_add(&tracker->answered, 1) % PMC_ANSWERS] = stretch;
 }
 
-// Un-protects *page*, and wakes whoever waits there. In hugetlb memory that is made whole huge pages, as is accepted. 0
-// or -errno.
+// Un-protects *page*, and wakes whoever waits there. Hugetlb memory takes whole huge pages alone (else EINVAL), so twice
+// as much is tried until it is accepted. 0 or -errno.
 static int open_page(struct pmc_tracker *tracker, struct stretch *page)
 {
 	struct stretch whole = *page;
 	int rc;
 	// Logging and un-protecting are one step for a collector, else it could take the log and protect in between:
 	// the page would end up open and unlogged.
-	bool logs = !(tracker->abilities & PMC_CAN_SEE_MARKS);
+	bool logs = pmc_logs(tracker);
 	if (logs) {
 		pmc_fair_lock(&tracker->fault_lock);
 		log_write(tracker, page->start);
@@ -172,7 +171,7 @@ static bool is_bell(const struct pmc_tracker *tracker, uint64_t address)
 static int serve(struct fault_thread *self)
 {
 	struct pmc_tracker *tracker = self->tracker;
-	struct uffd_msg messages[MESSAGES];
+	struct uffd_msg messages[PMC_MESSAGES];
 
 	for (;;) {
 		// Who waited was in no read that held on to our file; and the other thread may have ended meanwhile.
@@ -211,9 +210,9 @@ static int serve(struct fault_thread *self)
 	}
 }
 
-// So many serve no longer; under fault_lock. Returns whether none does: then the bells are rung in vain, also one whose
-// answer was only to look again.
-static bool leave(struct pmc_tracker *tracker, unsigned count)
+// *count* threads serve no longer; under fault_lock. Returns whether none does. Then the bells are unregistered: whoever
+// rings one goes on, also if it was told to look again.
+static bool stop_serving(struct pmc_tracker *tracker, unsigned count)
 {
 	uint64_t bells = (uint64_t)(uintptr_t)tracker->bells;
 	tracker->fault_threads_serving -= count;
@@ -237,7 +236,7 @@ static void *fault_thread(void *arg)
 	pmc_unsettle(tracker);
 	for (struct pmc_range *range = tracker->ranges; rc && range; range = range->next)
 		pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
-	bool last = leave(tracker, 1);
+	bool last = stop_serving(tracker, 1);
 	pmc_fair_unlock(&tracker->fault_lock);
 	// The other one would wait for ever, and if the descriptor is lost hold on to the file and to its writers.
 	if (rc && !last)
@@ -319,10 +318,10 @@ static void do_without(struct pmc_tracker *tracker, unsigned count)
 {
 	const char *operation = tracker->operation;
 	sigset_t signals;
-	pmc_hold_fault_thread(tracker, &signals);
+	pmc_hold_fault_threads(tracker, &signals);
 	pmc_place_one(&tracker->follower);
-	leave(tracker, count);
-	pmc_release_fault_thread(tracker, &signals);
+	stop_serving(tracker, count);
+	pmc_release_fault_threads(tracker, &signals);
 	atomic_fetch_sub(&tracker->fault_threads_left, count);
 	tracker->operation = operation;
 }
@@ -371,9 +370,9 @@ void pmc_fault_threads_stop(struct pmc_tracker *tracker)
 	if (!count)
 		return;
 	tracker->fault_thread_count = 0;
-	pmc_hold_fault_thread(tracker, &signals);
+	pmc_hold_fault_threads(tracker, &signals);
 	pmc_unsettle(tracker);
-	pmc_release_fault_thread(tracker, &signals);
+	pmc_release_fault_threads(tracker, &signals);
 	for (unsigned i = 0; i < count; i++)
 		tracker->bells[i * page_size_of(tracker)] = 1;
 	bool ended = have_ended(tracker, count);

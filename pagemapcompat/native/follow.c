@@ -105,13 +105,13 @@ void pmc_find_writer(struct pmc_tracker *tracker)
 	sigset_t signals;
 	struct file_id id, old_id = follower->stat_file;
 	int stat = open_stat(wanted, &id); // if it is not to be had nobody looks for it again
-	pmc_hold_fault_thread(tracker, &signals);
+	pmc_hold_fault_threads(tracker, &signals);
 	int old = follower->stat;
 	follower->stat = stat;
 	follower->stat_file = id;
 	follower->known = wanted;
 	atomic_store_explicit(&follower->wanted, 0, memory_order_relaxed);
-	pmc_release_fault_thread(tracker, &signals);
+	pmc_release_fault_threads(tracker, &signals);
 	pmc_close_file(&old, old_id);
 }
 

@@ -17,7 +17,8 @@
 #define PMC_CPUS 8192 // at most; with more fault threads stay where they are
 #define PMC_NO_CPU UINT32_MAX
 #define PMC_FAULT_THREADS 2 // of a tracker, at most
-#define PMC_ANSWERS 32 // that the fault threads remember: as many as all of them read messages at a time
+#define PMC_MESSAGES 16 // that a fault thread reads at a time
+#define PMC_ANSWERS (PMC_FAULT_THREADS * PMC_MESSAGES) // that the fault threads remember
 #define PMC_LOOKS 64 // how often mappings that others change meanwhile are looked at
 #define PMC_WORDS ((32 << 10) / sizeof(uint64_t)) // 32 KiB of pagemap words: from 16 on reading gets no faster
 
@@ -59,6 +60,9 @@ struct output {
 
 // Adds [start, end), whose pages come in units of *unit* bytes, and returns the end of what fitted.
 uint64_t pmc_output_add(struct output *out, uint64_t start, uint64_t end, uint64_t categories, uint64_t unit);
+// How many regions a call that returned *rc* stored in *vec*, of *len*: *rc*, or where it failed those with an end.
+// Before the call none has one.
+uint64_t pmc_stored(const struct page_region *vec, uint64_t len, int rc);
 // Takes back whatever lies at or after *end*.
 void pmc_output_cut(struct output *out, uint64_t end);
 
@@ -170,7 +174,7 @@ void pmc_look_again(struct vmas *vmas, unsigned looks);
 
 // -- The tracker's state ------------------------------------------------------------------------------------
 
-// A lock that is handed over in the order of arrival, so that a tight collect loop cannot starve the fault thread.
+// A lock that is handed over in the order of arrival, so that a tight collect loop cannot starve a fault thread.
 struct fair_lock {
 	atomic_uint next;
 	atomic_uint serving;
@@ -312,6 +316,12 @@ static inline bool pmc_is_async(const struct pmc_tracker *tracker)
 	return tracker->abilities & PMC_CAN_ASYNC;
 }
 
+// Whether pagemap does not show marks, so that the fault threads log what was written.
+static inline bool pmc_logs(const struct pmc_tracker *tracker)
+{
+	return !(tracker->abilities & PMC_CAN_SEE_MARKS);
+}
+
 static inline const struct piece *pmc_piece_at(const struct pmc_range *range, uint64_t address)
 {
 	const struct piece *piece = range->pieces;
@@ -342,8 +352,8 @@ int pmc_unregister_all(struct pmc_tracker *tracker, struct vmas *vmas, uint64_t 
 void pmc_fair_lock(struct fair_lock *lock);
 void pmc_fair_unlock(struct fair_lock *lock);
 // Takes fault_lock. While it is held no signal handler may run on this thread: it could store into tracked memory.
-void pmc_hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before);
-void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before);
+void pmc_hold_fault_threads(struct pmc_tracker *tracker, sigset_t *before);
+void pmc_release_fault_threads(struct pmc_tracker *tracker, const sigset_t *before);
 
 // -- follow.c -----------------------------------------------------------------------------------------------
 

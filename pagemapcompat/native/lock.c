@@ -1,4 +1,4 @@
-// The lock between the fault thread and whoever needs pages to stay protected.
+// The locks between fault threads and whoever needs pages to stay protected, or closes a range.
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <signal.h>
@@ -25,7 +25,7 @@ void pmc_fair_unlock(struct fair_lock *lock)
 		syscall(SYS_futex, &lock->serving, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 }
 
-void pmc_hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before)
+void pmc_hold_fault_threads(struct pmc_tracker *tracker, sigset_t *before)
 {
 	sigset_t all;
 	sigfillset(&all);
@@ -33,7 +33,7 @@ void pmc_hold_fault_thread(struct pmc_tracker *tracker, sigset_t *before)
 	pmc_fair_lock(&tracker->fault_lock);
 }
 
-void pmc_release_fault_thread(struct pmc_tracker *tracker, const sigset_t *before)
+void pmc_release_fault_threads(struct pmc_tracker *tracker, const sigset_t *before)
 {
 	pmc_fair_unlock(&tracker->fault_lock);
 	pthread_sigmask(SIG_SETMASK, before, NULL);

@@ -33,6 +33,14 @@ static int enter_cursor(struct pmc_cursor *cursor)
 	return -PMC_ECLOSED;
 }
 
+// One call of a reader: what it asks for beside where, and where its answer goes.
+struct scan {
+	struct pmc_cursor *cursor;
+	uint64_t max_pages; // 0: all
+	bool engage;
+	struct pmc_result *result;
+};
+
 static bool is_alone(const struct pmc_cursor *cursor)
 {
 	return cursor->range->cursors == cursor && !cursor->next;
@@ -93,12 +101,12 @@ static int not_registered(struct pmc_tracker *tracker)
 	return rc;
 }
 
-// How often a call came upon untracked memory at the place where it is.
+// What a call has tried where it came upon untracked memory.
 struct refusals {
-	uint64_t at;
+	uint64_t at; // which the numbers are of
 	unsigned rearms;
-	unsigned looks; // since the last of them, and each found nothing
-	uint64_t left_until; // or 0: the memory up to there stays untracked, and is owed
+	unsigned looks; // since the last rearm, each of which found nothing untracked
+	uint64_t left_until; // the memory from *at* to here stays untracked, and is owed; 0: none does
 };
 
 // Somebody maps the memory at *pos* anew whenever it is registered. It is left as it is, for the next call will find
@@ -115,47 +123,52 @@ static int leave_untracked(struct pmc_range *range, uint64_t pos, uint64_t end, 
 	}
 	if (range->log) { // since it was looked at some of it may have been registered, and be open
 		sigset_t signals;
-		pmc_hold_fault_thread(range->tracker, &signals);
+		pmc_hold_fault_threads(range->tracker, &signals);
 		pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *until), true);
-		pmc_release_fault_thread(range->tracker, &signals);
+		pmc_release_fault_threads(range->tracker, &signals);
 	}
 	pmc_owe_others(range, pos, *until, NULL);
 	return 0;
 }
 
-// The memory at *pos* turned out to be untracked: registers it, or says in *result* where it is. 0 to go on, or -errno.
-static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, bool rearm, struct refusals *refusals,
-			struct pmc_result *result)
+// The engine met untracked memory at *pos*, and a look found none. It went, or was registered, in between: then the
+// engine is asked again. Or it is registered, but not by us: with another userfaultfd, which protects nothing here. 0 to
+// go on, or -ENOENT.
+static int found_none(struct pmc_tracker *tracker, uint64_t pos, uint64_t end, struct refusals *refusals,
+		      struct pmc_result *result)
 {
-	struct pmc_tracker *tracker = range->tracker;
 	struct vma vma;
-	if (refusals->at != pos)
-		*refusals = (struct refusals){ .at = pos };
-	uint64_t *from = &result->untracked_start, *to = &result->untracked_end;
-	int rc = rearm ? rearm_next(range, pos, end, result) : pmc_next_untracked(range, pos, end, from, to);
-	if (rc < 0)
-		return rc;
-	if (rc && !rearm)
-		return not_registered(tracker);
-	if (rc) {
-		refusals->looks = 0;
-		if (++refusals->rearms < REARMS) {
-			pmc_look_again(&tracker->vmas, (unsigned)min_u64(refusals->rearms, PMC_LOOKS));
-			return 0;
-		}
-		return leave_untracked(range, pos, end, &refusals->left_until);
-	}
-	// It went, or was registered, in between: the engine looks again.
 	if (++refusals->looks < PMC_LOOKS) {
 		pmc_look_again(&tracker->vmas, refusals->looks);
 		return 0;
 	}
-	// Registered, but not by us: with another userfaultfd, which protects nothing here.
 	result->untracked_start = pos;
 	result->untracked_end = end;
 	if (pmc_own_vma_at(&tracker->vmas, pos, &vma) > 0 && vma.start < end)
 		result->untracked_end = min_u64(vma.end, end);
 	return -ENOENT;
+}
+
+// The engine met untracked memory at *pos*: registers it, or says in *result* where it is. 0 to go on, or -errno.
+static int untracked_at(struct pmc_range *range, uint64_t pos, uint64_t end, bool rearm, struct refusals *refusals,
+			struct pmc_result *result)
+{
+	struct pmc_tracker *tracker = range->tracker;
+	uint64_t *from = &result->untracked_start, *to = &result->untracked_end;
+	if (refusals->at != pos)
+		*refusals = (struct refusals){ .at = pos };
+	int rc = rearm ? rearm_next(range, pos, end, result) : pmc_next_untracked(range, pos, end, from, to);
+	if (rc < 0)
+		return rc;
+	if (!rc)
+		return found_none(tracker, pos, end, refusals, result);
+	if (!rearm)
+		return not_registered(tracker);
+	refusals->looks = 0;
+	if (++refusals->rearms >= REARMS)
+		return leave_untracked(range, pos, end, &refusals->left_until);
+	pmc_vmas_refresh(&tracker->vmas);
+	return 0;
 }
 
 // Runs the engine over [start, end) into tracker->regions, whose ends must be zero again before the next run.
@@ -175,22 +188,12 @@ static int run_engine(struct pmc_range *range, const struct piece *piece, uint64
 	return rc;
 }
 
-// How many regions the last run stored. An engine that fails has stored what it took.
-static uint64_t stored(const struct pmc_tracker *tracker, int rc)
-{
-	uint64_t count = 0;
-	if (rc >= 0)
-		return (uint64_t)rc;
-	while (count < PMC_VECTOR && tracker->regions[count].end)
-		count++;
-	return count;
-}
-
 // Empties the vector of the last run into *result*, if there is one. With *engaged* the pages were taken, for *cursor*.
+// An engine that fails has stored what it took.
 static void drain(struct pmc_cursor *cursor, int rc, bool engaged, struct pmc_result *result)
 {
 	struct pmc_tracker *tracker = cursor->range->tracker;
-	uint64_t count = stored(tracker, rc);
+	uint64_t count = pmc_stored(tracker->regions, PMC_VECTOR, rc);
 	for (uint64_t i = 0; engaged && !is_alone(cursor) && i < count; i++)
 		pmc_owe_others(cursor->range, tracker->regions[i].start, tracker->regions[i].end, cursor);
 	if (result)
@@ -222,10 +225,9 @@ static bool make_room(struct pmc_tracker *tracker, struct pmc_result *result, ui
 }
 
 // Hands out the owed pages [start, end). *walk_end: done up to there.
-static int pay(struct pmc_cursor *cursor, uint64_t start, uint64_t end, bool engage, struct pmc_result *result,
-	       uint64_t *walk_end)
+static int pay(const struct scan *scan, uint64_t start, uint64_t end, uint64_t *walk_end)
 {
-	struct pmc_tracker *tracker = cursor->range->tracker;
+	struct pmc_tracker *tracker = scan->cursor->range->tracker;
 	struct vma vma;
 
 	*walk_end = start;
@@ -238,26 +240,26 @@ static int pay(struct pmc_cursor *cursor, uint64_t start, uint64_t end, bool eng
 		if (!rc || vma.start >= end) {
 			*walk_end = end; // what was unmapped meanwhile is not reported
 		} else {
-			if (!make_room(tracker, result, 1))
+			if (!make_room(tracker, scan->result, 1))
 				return 0;
 			*walk_end = min_u64(vma.end, end);
-			pmc_result_append(result, max_u64(vma.start, from), *walk_end, PAGE_IS_WRITTEN,
+			pmc_result_append(scan->result, max_u64(vma.start, from), *walk_end, PAGE_IS_WRITTEN,
 					  tracker->page_shift);
 		}
-		if (engage)
-			pmc_cursor_settle(cursor, from, *walk_end);
+		if (scan->engage)
+			pmc_cursor_settle(scan->cursor, from, *walk_end);
 	}
 	return 0;
 }
 
 // Hands out the owed pages [start, end), which lie in one piece, and protects them again. *walk_end: done up to there.
-static int take_owed(struct pmc_cursor *cursor, const struct piece *piece, uint64_t start, uint64_t end, bool engage,
-		     struct pmc_result *result, uint64_t *walk_end)
+static int take_owed(const struct scan *scan, const struct piece *piece, uint64_t start, uint64_t end,
+		     uint64_t *walk_end)
 {
 	uint64_t done = end;
 	// All of it is owed to this cursor already.
-	int failed = engage ? take_for_others(cursor, piece, start, end, &done) : 0;
-	int rc = pay(cursor, start, done, engage, result, walk_end);
+	int failed = scan->engage ? take_for_others(scan->cursor, piece, start, end, &done) : 0;
+	int rc = pay(scan, start, done, walk_end);
 	return rc ? rc : failed;
 }
 
@@ -324,19 +326,43 @@ static int next_written(struct pmc_cursor *cursor, uint64_t start, uint64_t end,
 	return rc < 0 ? rc : 0;
 }
 
-static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t max_pages, bool engage,
-		       struct pmc_result *result)
+// Answers what comes next of [pos, end), which lies in one piece and is not empty: pages that are owed, or what the
+// engine finds. With a limit, *left* pages at most, but one huge page at least. There is room for a region. *walk_end:
+// done up to there. 0 or -errno.
+static int scan_step(const struct scan *scan, const struct piece *piece, uint64_t pos, uint64_t end, uint64_t left,
+		     const struct refusals *refusals, uint64_t *walk_end)
 {
-	struct pmc_range *range = cursor->range;
+	struct pmc_cursor *cursor = scan->cursor;
+	uint64_t unit = 1ull << piece->page_shift;
+
+	if (!is_owed(cursor, piece, pos, &end)) {
+		int rc = run_engine(cursor->range, piece, pos, end, left, PMC_VECTOR, scan->engage, walk_end);
+		drain(cursor, rc, scan->engage, scan->result);
+		return rc < 0 ? rc : 0;
+	}
+	if (scan->max_pages) {
+		uint64_t most = align_down(left << cursor->range->tracker->page_shift, unit);
+		end = min_u64(end, pos + max_u64(most, unit));
+	}
+	// What stays untracked cannot be taken for the others, to whom it is owed already.
+	if (pos < refusals->left_until)
+		return pay(scan, pos, min_u64(end, refusals->left_until), walk_end);
+	return take_owed(scan, piece, pos, end, walk_end);
+}
+
+static int scan_locked(const struct scan *scan, uint64_t start, uint64_t end)
+{
+	struct pmc_range *range = scan->cursor->range;
 	struct pmc_tracker *tracker = range->tracker;
+	struct pmc_result *result = scan->result;
 	uint32_t shift = tracker->page_shift;
-	uint64_t pos = start;
+	uint64_t pos = start, max_pages = scan->max_pages;
 	struct refusals refusals = { 0 };
 	int rc = 0;
 
-	while (pos < end) {
+	while (pos < end && !rc) {
 		const struct piece *piece = pmc_piece_at(range, pos);
-		uint64_t limit = min_u64(end, piece->end), left = 0, walk_end;
+		uint64_t limit = min_u64(end, piece->end), left = 0;
 		if ((pos | limit) & ((1ull << piece->page_shift) - 1)) {
 			// Asked for with what was mapped before: a part of a huge page has no word of its own.
 			tracker->operation = "UFFDIO_WRITEPROTECT";
@@ -346,34 +372,15 @@ static int scan_locked(struct pmc_cursor *cursor, uint64_t start, uint64_t end, 
 		if (max_pages) {
 			left = max_pages > result->pages ? max_pages - result->pages : 0;
 			if (result->pages && left < 1ull << (piece->page_shift - shift)) {
-				rc = next_written(cursor, pos, end, &pos);
+				rc = next_written(scan->cursor, pos, end, &pos);
 				break;
 			}
 		}
 		if (!make_room(tracker, result, min_u64(PMC_VECTOR, ((end - pos) >> shift) / 2 + 1)))
 			break;
-		if (is_owed(cursor, piece, pos, &limit)) {
-			uint64_t unit = 1ull << piece->page_shift;
-			if (max_pages)
-				limit = min_u64(limit, pos + max_u64(align_down(left << shift, unit), unit));
-			if (pos < refusals.left_until) {
-				limit = min_u64(limit, refusals.left_until);
-				rc = pay(cursor, pos, limit, engage, result, &walk_end);
-			} else {
-				rc = take_owed(cursor, piece, pos, limit, engage, result, &walk_end);
-			}
-			if (walk_end == pos && !rc)
-				break;
-		} else {
-			rc = run_engine(range, piece, pos, limit, left, PMC_VECTOR, engage, &walk_end);
-			drain(cursor, rc, engage, result);
-		}
-		pos = walk_end;
-		if (rc == -ENOENT && engage)
+		rc = scan_step(scan, piece, pos, limit, left, &refusals, &pos);
+		if (rc == -ENOENT && scan->engage)
 			rc = untracked_at(range, pos, end, range->rearm, &refusals, result);
-		if (rc < 0)
-			break;
-		rc = 0;
 	}
 	result->walk_end = pos;
 	return rc;
@@ -412,7 +419,8 @@ int pmc_scan(struct pmc_cursor *cursor, uint64_t start, uint64_t end, uint64_t m
 	// Room for as many as last time, if there is: else what is there is copied each time more comes.
 	if (cursor->last_count > PMC_VECTOR && !max_pages)
 		(void)pmc_result_reserve(result, min_u64(cursor->last_count + PMC_VECTOR, pages / 2 + 1));
-	rc = scan_locked(cursor, start, end, max_pages, flags & PMC_ENGAGE, result);
+	struct scan scan = { cursor, max_pages, flags & PMC_ENGAGE, result };
+	rc = scan_locked(&scan, start, end);
 	// A fault thread that died meanwhile has let writes through that this scan could not see.
 	if (!rc && atomic_load(&tracker->fault_errno))
 		rc = -PMC_EFAULTTHREAD;

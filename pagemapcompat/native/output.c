@@ -48,6 +48,16 @@ uint64_t pmc_output_add(struct output *out, uint64_t start, uint64_t end, uint64
 	return end;
 }
 
+uint64_t pmc_stored(const struct page_region *vec, uint64_t len, int rc)
+{
+	uint64_t count = 0;
+	if (rc >= 0)
+		return (uint64_t)rc;
+	while (count < len && vec[count].end)
+		count++;
+	return count;
+}
+
 void pmc_output_cut(struct output *out, uint64_t end)
 {
 	while (out->count && out->vec[out->count - 1].end > end) {

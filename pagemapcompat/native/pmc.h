@@ -1,8 +1,8 @@
 // pagemapcompat's C core: which pages of this process's memory were written since they were last asked for.
 //
 // It knows nothing of Python. Every function returns 0 or more, or a negative error: -errno of the call named in
-// pmc_result.operation, or one of PMC_E*. Nothing is printed, there is no global state, and nothing aborts. A tracker
-// or range that is NULL counts as closed. Unless its comment says otherwise a function may be called by any thread of
+// pmc_result.operation, or one of PMC_E*. Nothing is printed, there is no global state, and nothing aborts. A tracker,
+// range or cursor that is NULL counts as closed. Unless its comment says otherwise a function may be called by any thread of
 // the process that created the object, and may block on the tracker's mutex while another call runs, never on a page
 // fault that needs the caller.
 //
@@ -16,9 +16,9 @@
 #include "uapi.h"
 
 // Outside the range of errno values, so that a real EBADF is never mistaken for ours.
-#define PMC_ECLOSED 10001 // the tracker or range was closed
+#define PMC_ECLOSED 10001 // the tracker, range or cursor was closed
 #define PMC_EFORKED 10002 // the tracker belongs to the parent of this process
-#define PMC_EFAULTTHREAD 10003 // the fault thread ended; pmc_tracker_fault_errno() says why
+#define PMC_EFAULTTHREAD 10003 // a fault thread ended; pmc_tracker_fault_errno() says why
 #define PMC_EOWNMEMORY 10004 // the range holds the caller's stack or this library's memory
 
 // How to open a userfaultfd.
@@ -75,13 +75,15 @@ struct pmc_result {
 	uint64_t capacity;
 	uint64_t pages; // in all regions together
 	uint64_t walk_end; // where the scan stopped: the next call starts here
-	uint64_t untracked_start; // with -ENOENT: the first stretch that is not registered
+	// The memory that an error is about: with -ENOENT the first stretch that is not registered; where UFFDIO_REGISTER
+	// failed, what it was asked for; of pmc_capture(), pmc_restore() and pmc_compare() the page that was not copied.
+	uint64_t untracked_start;
 	uint64_t untracked_end;
 	const char *operation; // with -errno: the call that failed; static
 };
 
 struct pmc_statistics {
-	uint64_t faults; // write faults resolved by the fault thread
+	uint64_t faults; // write faults resolved by fault threads
 	uint64_t scans; // peek and collect
 	uint64_t resets;
 	uint64_t pages; // handed out by collect
@@ -125,16 +127,17 @@ uint32_t pmc_page_shift(void);
 // Answers *arg* (no vector, no WP flag) for [arg->start, arg->end) of the process behind *pagemap*. With *maps* below 0
 // by the ioctl; else from pagemap words and the mappings listed by *maps*, where WPALLOWED is told by *registered*,
 // *registered_count* sorted ranges. -EOPNOTSUPP: a category that words cannot tell is asked for.
+// -ESRCH: the process has ended, or runs another program.
 // *drop_empty* leaves out regions with no category to report, before max_pages counts them.
 int pmc_query(int pagemap, int maps, const struct pm_scan_arg *arg, const struct page_region *registered,
 	      uint64_t registered_count, int drop_empty, struct pmc_result *result);
 
 // -- Trackers ---------------------------------------------------------------------------------------------
 
-// Takes over both descriptors, on failure too, and starts the fault thread unless PMC_CAN_ASYNC. *result* says which
+// Takes over both descriptors, on failure too, and starts fault threads unless PMC_CAN_ASYNC. *result* says which
 // call failed.
 int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config, struct pmc_result *result);
-// Unregisters everything, ends the fault thread, closes the descriptors. Waits for running calls. Idempotent. In a
+// Unregisters everything, ends the fault threads, closes the descriptors. Waits for running calls. Idempotent. In a
 // forked child: only closes the child's copies.
 int pmc_tracker_close(struct pmc_tracker *tracker);
 // Closes and drops the caller's reference; memory goes with the last range.
@@ -226,7 +229,7 @@ int pmc_image_diff(const struct pmc_image *a, const struct pmc_image *b, uint64_
 // be written, being unmapped (then none was written), a guard page or somebody else's; those before it were.
 int pmc_restore(struct pmc_range *range, const struct pmc_image *image, const struct page_region *regions,
 		uint64_t count, struct pmc_result *result);
-// Appends the pages of *regions* in which memory is not what *image* holds.
+// Appends the pages of *regions* in which memory is not what *image* holds. -EIO: as for pmc_capture().
 int pmc_compare(struct pmc_range *range, const struct pmc_image *image, const struct page_region *regions,
 		uint64_t count, struct pmc_result *result);
 

@@ -12,7 +12,7 @@ static bool overlaps(uint64_t start, uint64_t end, const void *pages, size_t siz
 	return from < end && start < from + size;
 }
 
-// Whether a page fault in [start, end) could be one that the fault thread, or a holder of its lock, has to wait for.
+// Whether a page fault in [start, end) could be one that a fault thread, or a holder of its lock, has to wait for.
 static bool is_own_memory(const struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 {
 	if (overlaps(start, end, tracker, sizeof(*tracker)) ||
@@ -223,7 +223,7 @@ static uint32_t kinds_of(const struct pmc_range *range)
 	return kinds;
 }
 
-// Once the fault thread is gone nobody would answer the faults of what it has not unregistered.
+// Once a fault thread has ended nobody would answer the faults of what it has not unregistered.
 static int check_fault_thread(struct pmc_tracker *tracker, uint64_t start, uint64_t end)
 {
 	if (!atomic_load(&tracker->fault_errno))
@@ -278,13 +278,13 @@ int pmc_range_close_locked(struct pmc_range *range)
 	pmc_answer(tracker, range->start, range->end);
 	if (atomic_load(&tracker->fault_errno))
 		rc = 0;
-	pmc_hold_fault_thread(tracker, &signals);
+	pmc_hold_fault_threads(tracker, &signals);
 	struct pmc_range **link = &tracker->ranges;
 	while (*link && *link != range)
 		link = &(*link)->next;
 	if (*link)
 		*link = range->next;
-	pmc_release_fault_thread(tracker, &signals);
+	pmc_release_fault_threads(tracker, &signals);
 	return rc;
 }
 
@@ -306,9 +306,9 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	range->quiet = pmc_own_pages(tracker, range->start, range->end, 2 * range->bits_size);
 	if (!range->quiet)
 		return -ENOMEM;
-	if (!(tracker->abilities & PMC_CAN_SEE_MARKS)) {
+	if (pmc_logs(tracker)) {
 		range->log = range->quiet + words;
-		// Touched now, so that the fault thread never has to wait for memory.
+		// Touched now, so that a fault thread never has to wait for memory.
 		memset(range->log, 0, range->bits_size);
 	}
 	if (is_own_memory(tracker, range->start, range->end) || pmc_is_callers(range->start, range->end))
@@ -323,11 +323,11 @@ static int range_setup(struct pmc_range *range, struct pmc_result *result)
 	int rc = pmc_register_stretch(range, range->start, range->end);
 	if (rc)
 		return rc;
-	// The fault thread must know a range before it protects its first page.
-	pmc_hold_fault_thread(tracker, &signals);
+	// Fault threads must know a range before it protects its first page.
+	pmc_hold_fault_threads(tracker, &signals);
 	range->next = tracker->ranges;
 	tracker->ranges = range;
-	pmc_release_fault_thread(tracker, &signals);
+	pmc_release_fault_threads(tracker, &signals);
 	range->open = true;
 	rc = check_fault_thread(tracker, range->start, range->end);
 	if (!rc && range->bare)

@@ -27,16 +27,11 @@ int pmc_pagemap_scan(int pagemap, struct pm_scan_arg *arg)
 static uint64_t scan(struct pmc_tracker *tracker, struct pm_scan_arg *arg, int *error)
 {
 	const struct page_region *vec = (const struct page_region *)(uintptr_t)arg->vec;
-	uint64_t count = 0;
 
 	tracker->operation = "PAGEMAP_SCAN";
 	int rc = pmc_pagemap_scan(tracker->pagemap, arg);
 	*error = rc < 0 ? rc : 0;
-	if (rc >= 0)
-		count = (uint64_t)rc;
-	else
-		while (count < arg->vec_len && vec[count].end)
-			count++;
+	uint64_t count = pmc_stored(vec, arg->vec_len, rc);
 	uint64_t last = count ? vec[count - 1].end : arg->start;
 	if (*error)
 		arg->walk_end = last;
@@ -255,13 +250,8 @@ static struct pm_scan_arg present_arg(uint64_t start, uint64_t end, struct page_
 	};
 }
 
-// Pages that whoever asks has no wish to be told of.
-struct forgotten {
-	uint64_t start;
-	uint64_t end;
-};
-
-static int arm_block(struct pmc_range *range, uint64_t address, struct forgotten forgotten)
+// *forgotten*: whoever asks has no wish to be told of these pages; empty where it wants all.
+static int arm_block(struct pmc_range *range, uint64_t address, struct stretch forgotten)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	struct page_region *vec = tracker->regions;
@@ -304,12 +294,12 @@ int pmc_kernel_arm_all(struct pmc_range *range)
 	uint64_t size = block_size(range->tracker), last = block_index(range, range->end - 1) + 1;
 	int rc = 0;
 	for (uint64_t block = 0; !rc && (block = pmc_bits_find(range->bare, block, last, true)) < last;)
-		rc = arm_block(range, align_down(range->start, size) + block * size, (struct forgotten){ 0 });
+		rc = arm_block(range, align_down(range->start, size) + block * size, (struct stretch){ 0 });
 	return rc;
 }
 
 static int scan_piece(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg,
-		      struct forgotten forgotten)
+		      struct stretch forgotten)
 {
 	struct pmc_tracker *tracker = range->tracker;
 	bool twice = !(tracker->abilities & PMC_CAN_SCAN_HOLES);
@@ -359,7 +349,7 @@ static int scan_piece(struct pmc_range *range, const struct piece *piece, struct
 
 int pmc_kernel_scan(struct pmc_range *range, const struct piece *piece, struct pm_scan_arg *arg)
 {
-	return scan_piece(range, piece, arg, (struct forgotten){ 0 });
+	return scan_piece(range, piece, arg, (struct stretch){ 0 });
 }
 
 // Protects [start, end) without a vector.
@@ -398,7 +388,7 @@ static int take_and_forget(struct pmc_range *range, const struct piece *piece, u
 			   uint64_t *walk_end)
 {
 	struct pmc_tracker *tracker = range->tracker;
-	struct forgotten forgotten = { start, end };
+	struct stretch forgotten = { start, end };
 	for (*walk_end = start; *walk_end < end;) {
 		struct pm_scan_arg arg = {
 			.flags = PM_SCAN_WP_MATCHING,

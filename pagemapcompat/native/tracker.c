@@ -77,7 +77,7 @@ int pmc_enter(struct pmc_tracker *tracker)
 	int rc = pmc_enter_briefly(tracker);
 	if (rc)
 		return rc;
-	// A caller whose stack is tracked would wait for the fault thread while that waits for fault_lock.
+	// A caller whose stack is tracked would wait for a fault thread while that waits for fault_lock.
 	for (struct pmc_range *range = tracker->ranges; range && !rc && !pmc_is_async(tracker); range = range->next)
 		if (pmc_is_callers(range->start, range->end))
 			rc = -PMC_EOWNMEMORY;
@@ -88,7 +88,7 @@ int pmc_enter(struct pmc_tracker *tracker)
 
 int pmc_leave(struct pmc_tracker *tracker, int rc, struct pmc_result *result)
 {
-	// When it ends the fault thread unregisters everything, under the eyes of a call that runs.
+	// A fault thread that ends unregisters everything; a call that runs meanwhile then finds memory untracked.
 	if (rc == -ENOENT && atomic_load(&tracker->fault_errno))
 		rc = -PMC_EFAULTTHREAD;
 	if (result)
@@ -97,7 +97,6 @@ int pmc_leave(struct pmc_tracker *tracker, int rc, struct pmc_result *result)
 	return rc;
 }
 
-// Drops a reference; the last one frees.
 void pmc_tracker_put(struct pmc_tracker *tracker)
 {
 	if (atomic_fetch_sub(&tracker->references, 1) != 1)
@@ -180,7 +179,8 @@ int pmc_tracker_create(struct pmc_tracker **ret, const struct pmc_config *config
 	return 0;
 }
 
-// Whether the fault thread ended by an error that is not a userfaultfd's own: there is no memory, or no address space.
+// Whether a fault thread ended because the descriptor was another file's by then. A userfaultfd itself fails only for
+// want of memory, or of an address space.
 static bool is_of_another_file(int error)
 {
 	return error && error != ENOMEM && error != ESRCH && error != EFAULT;

@@ -159,8 +159,8 @@ static int protect_each(struct pmc_tracker *tracker, uint64_t start, uint64_t en
 int pmc_protect(struct pmc_tracker *tracker, uint64_t start, uint64_t end, uint32_t unit_shift, int protect,
 		uint64_t *untracked)
 {
-	// Only the fault thread wakes writers: it has read their messages, and would open, late, a page that is
-	// protected again by then.
+	// Un-protecting wakes nobody here: a fault thread may have read a writer's message already, and would open its
+	// page late, when that is protected again.
 	uint64_t mode = protect ? UFFDIO_WRITEPROTECT_MODE_WP : UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
 	*untracked = end;
 	tracker->operation = "UFFDIO_WRITEPROTECT";

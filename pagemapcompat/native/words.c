@@ -3,7 +3,7 @@
 // What makes it lossless. A page is protected only after it was read as written, and is then part of this answer:
 // stores before the protection are covered by it, stores after it fault. A page read as unchanged is left alone, so
 // whatever happens to it next is seen next time. Protecting a whole range after reading it would be cheaper, and lose
-// writes: a lock would hold off the fault thread, but none holds off a MADV_DONTNEED, or a mremap(2) with
+// writes: a lock would hold off a fault thread, but none holds off a MADV_DONTNEED, or a mremap(2) with
 // MREMAP_DONTUNMAP, after which a page is empty, can be written without a fault, and would then be protected with
 // nobody told. Shared pages keep their mark through the first (mm/memory.c: zap_install_uffd_wp_if_needed, since 5.19),
 // not through the second (seen on 6.18.44).
@@ -14,7 +14,7 @@
 //   empty or guard     cannot carry a mark (empty: private anonymous memory without WP_UNPOPULATED). One bit a page,
 //                      *quiet*, remembers that it was so when last asked for; still so is unchanged.
 //
-// Without bit 57 (before 5.14) the fault thread's log stands in for it, and each call protects everything again, under
+// Without bit 57 (before 5.14) the fault threads' log stands in for it, and each call protects everything again, under
 // fault_lock: a page discarded and written again has lost its protection, and nothing shows that. Such a write is
 // missed, but none that follows a call which went over the page; one whose limit was reached only looked at what lies
 // behind.
@@ -27,11 +27,6 @@
 #include <unistd.h>
 
 #include "internal.h"
-
-static bool logs(const struct pmc_tracker *tracker)
-{
-	return !(tracker->abilities & PMC_CAN_SEE_MARKS);
-}
 
 int pmc_words_read(int pagemap, uint64_t start, uint64_t count, uint32_t unit_shift, uint32_t page_shift,
 		   uint64_t *words)
@@ -121,7 +116,7 @@ static enum state state_of(const struct pass *pass, uint64_t word, uint64_t page
 	if (word & pass->marked)
 		return UNCHANGED;
 	bool quiet = bit_test(pass->range->quiet, page);
-	if (logs(pass->tracker)) {
+	if (pmc_logs(pass->tracker)) {
 		if (!bit_test(pass->range->log, page) && is_unmarkable(pass, word) == quiet)
 			return UNCHANGED;
 	} else if (quiet && is_unmarkable(pass, word)) {
@@ -260,7 +255,7 @@ static void remember(const struct pass *pass, uint64_t pos, uint64_t from, uint6
 			bit_clear(range->quiet, page);
 		else if (words[i] & PM_WORD_GUARD || !is_readable(pass->tracker, pos + i * unit_of(pass), &vma))
 			bit_set(range->quiet, page);
-		else if (logs(pass->tracker))
+		else if (pmc_logs(pass->tracker))
 			bit_set(range->log, page); // once written it will look as if it had been populated
 		range->quiet_used |= quiet;
 	}
@@ -279,7 +274,7 @@ static int populate_run(const struct pass *pass, uint64_t pos, uint64_t from, ui
 	if (k == count)
 		return 0;
 	// One that is not empty any more looks unchanged, and is not protected yet.
-	if (logs(tracker))
+	if (pmc_logs(tracker))
 		pmc_bits_fill(pass->range->log, page_index(pass->range, from), page_index(pass->range, to), true);
 	populate(tracker, from, to);
 	return pmc_own_words_read(tracker, from, count, pass->unit_shift, words);
@@ -346,7 +341,7 @@ static int protect_chunk(struct pass *pass, uint64_t pos, uint64_t *stop)
 static int engage(struct pass *pass, uint64_t pos, uint64_t *stop)
 {
 	const struct output *out = &pass->out;
-	int rc = (logs(pass->tracker) ? protect_chunk : protect_runs)(pass, pos, stop);
+	int rc = (pmc_logs(pass->tracker) ? protect_chunk : protect_runs)(pass, pos, stop);
 	// Only a written page can have become unmarkable; one that was has to be looked at wherever it is.
 	if (pass->range->quiet_used) {
 		remember(pass, pos, pos, max_u64(pos, *stop));
@@ -379,8 +374,8 @@ static int scan_chunk(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *s
 	sigset_t signals;
 
 	*stop = pos;
-	if (logs(tracker)) // also for a peek
-		pmc_hold_fault_thread(tracker, &signals);
+	if (pmc_logs(tracker)) // also for a peek
+		pmc_hold_fault_threads(tracker, &signals);
 	int rc = pmc_own_words_read(tracker, pos, count, pass->unit_shift, tracker->words);
 	if (!rc)
 		rc = gather(pass, pos, end, stop);
@@ -391,8 +386,8 @@ static int scan_chunk(struct pass *pass, uint64_t pos, uint64_t end, uint64_t *s
 	} else if (pass->engage) {
 		rc = engage(pass, pos, stop);
 	}
-	if (logs(tracker))
-		pmc_release_fault_thread(tracker, &signals);
+	if (pmc_logs(tracker))
+		pmc_release_fault_threads(tracker, &signals);
 	return rc;
 }
 
@@ -405,8 +400,8 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 		.unit_shift = piece->page_shift,
 		.kind = piece->kind,
 		.engage = arg->flags & PM_SCAN_WP_MATCHING,
-		.marked = logs(tracker) ? 0 : PM_WORD_UFFD_WP,
-		.plain = !logs(tracker) && !range->quiet_used,
+		.marked = pmc_logs(tracker) ? 0 : PM_WORD_UFFD_WP,
+		.plain = !pmc_logs(tracker) && !range->quiet_used,
 		.late = PAST,
 		.out = {
 			.vec = (struct page_region *)(uintptr_t)arg->vec,
@@ -417,7 +412,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 	};
 	// Whether registration must be confirmed first: where a remapped page may still show its old mark, where
 	// nothing shows marks, and where an empty or a guard page can have none.
-	bool confirm = logs(tracker) || range->quiet_used ||
+	bool confirm = pmc_logs(tracker) || range->quiet_used ||
 		       ~tracker->abilities & (PMC_CAN_TRUST_MARKS | PMC_CAN_MARK_EMPTY);
 	uint64_t pos = arg->start, chunk = (uint64_t)PMC_WORDS << piece->page_shift;
 	uint64_t untracked_from = 0, untracked_to = 0;
@@ -452,7 +447,7 @@ int pmc_words_scan(struct pmc_range *range, const struct piece *piece, struct pm
 			end = min_u64(end, untracked_from);
 		// A run of the answer is protected by one call, for each flushes the TLB of whatever CPU is busy;
 		// unless each chunk is a step of its own.
-		pass.more = end < arg->end && !logs(tracker) && !needs_population(&pass);
+		pass.more = end < arg->end && !pmc_logs(tracker) && !needs_population(&pass);
 
 		uint64_t stop;
 		rc = scan_chunk(&pass, pos, end, &stop);
@@ -478,7 +473,7 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 		.kind = piece->kind,
 	};
 	// Which pages could not be marked has to be read only where there can be such pages.
-	bool look = needs_population(&pass) || tracker->abilities & PMC_CAN_GUARD || logs(tracker);
+	bool look = needs_population(&pass) || tracker->abilities & PMC_CAN_GUARD || pmc_logs(tracker);
 	sigset_t signals;
 	uint64_t chunk = look ? (uint64_t)PMC_WORDS << piece->page_shift : end - start, untracked;
 	int rc = 0;
@@ -502,21 +497,21 @@ int pmc_words_reset(struct pmc_range *range, const struct piece *piece, uint64_t
 		if (look)
 			rc = pmc_own_words_read(tracker, pos, (to - pos) >> piece->page_shift, piece->page_shift,
 						tracker->words);
-		if (logs(tracker))
-			pmc_hold_fault_thread(tracker, &signals);
+		if (pmc_logs(tracker))
+			pmc_hold_fault_threads(tracker, &signals);
 		if (!rc) {
 			rc = pmc_protect(tracker, pos, to, piece->page_shift, 1, &untracked);
 			*walk_end = rc == -ENOENT ? untracked : rc ? pos : to;
 		}
-		if (logs(tracker)) {
+		if (pmc_logs(tracker)) {
 			pmc_bits_fill(range->log, page_index(range, pos), page_index(range, *walk_end), false);
 			// What was populated looks unchanged, and may be open.
 			pmc_bits_fill(range->log, page_index(range, *walk_end), page_index(range, to), true);
 		}
 		if (look)
 			remember(&pass, pos, pos, *walk_end);
-		if (logs(tracker))
-			pmc_release_fault_thread(tracker, &signals);
+		if (pmc_logs(tracker))
+			pmc_release_fault_threads(tracker, &signals);
 		if (rc)
 			break;
 	}
