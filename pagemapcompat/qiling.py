@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from pagemapcompat.errors import InvalidArgumentError, MissingPackageError
-from pagemapcompat.memory import page_size
+from pagemapcompat.memory import page_size, whole_number
 from pagemapcompat.unicorn import PROT_ALL, TrackedGuest
 from pagemapcompat.writewatch import WRITE_WATCH_GRANULARITY, Win32Error, WriteWatch, WriteWatchAnswer
 
@@ -74,6 +74,10 @@ class TrackedMemory:
     Raises:
         MissingPackageError: Unicorn is not installed.
 
+        InvalidArgumentError: This guest has another TrackedMemory.
+
+        TypeError: No tracker.
+
     Attributes:
         guest: Its `ranges` are the tracked regions, by address.
 
@@ -81,6 +85,8 @@ class TrackedMemory:
     """
 
     def __init__(self, ql: Qiling, tracker: DirtyTracker) -> None:
+        if isinstance(getattr(ql.mem.save, "__self__", None), TrackedMemory):
+            raise InvalidArgumentError("this guest has another TrackedMemory").with_hint("map and adopt by that one")
         self.guest = TrackedGuest(ql.uc, tracker)
         self.watches: dict[TrackedRange, WriteWatch] = {}
         self._mem = ql.mem
@@ -107,6 +113,7 @@ class TrackedMemory:
 
         Cost: copying it twice.
         """
+        addr = whole_number(addr, f"addr={addr!r}: give the guest's, as a whole number")
         found = [entry for entry in self._mem.map_info if entry[0] <= addr < entry[1] and not entry[4]]
         if not found or self.region(addr):
             raise InvalidArgumentError(

@@ -20,6 +20,7 @@ import mmap
 import operator
 import weakref
 from bisect import bisect_right
+from collections.abc import Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
@@ -29,14 +30,16 @@ from pagemapcompat.errors import (
     AlignmentError,
     ClosedError,
     InvalidArgumentError,
+    KernelError,
     MissingPackageError,
     PagemapCompatError,
 )
 from pagemapcompat.memory import Memory, PinnedMemory, pin, whole_number
 from pagemapcompat.snapshots import checked
+from pagemapcompat.tracker import DirtyTracker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from types import ModuleType, TracebackType
 
     from unicorn import Uc
@@ -44,11 +47,12 @@ if TYPE_CHECKING:
 
     from pagemapcompat.results import ScanResult
     from pagemapcompat.snapshots import Snapshot
-    from pagemapcompat.tracker import DirtyTracker, TrackedRange
+    from pagemapcompat.tracker import TrackedRange
 
 PROT_ALL = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 """Unicorn's UC_PROT_ALL; its other permissions are mmap's, too."""
 _SPACE_END = 1 << 64
+_PERMISSIONS_HINT = "or together UC_PROT_READ, UC_PROT_WRITE and UC_PROT_EXEC; or give UC_PROT_ALL"
 
 
 @attrs.frozen(eq=False)
@@ -91,6 +95,8 @@ class TrackedGuest:
     Raises:
         MissingPackageError: Unicorn is not installed.
 
+        TypeError: No guest, or no tracker.
+
     Attributes:
         uc: The guest.
 
@@ -99,6 +105,11 @@ class TrackedGuest:
 
     def __init__(self, uc: Uc, tracker: DirtyTracker, *, virtual_tlb: bool = False) -> None:
         self._unicorn = import_unicorn()
+        for name, value, kind in (("uc", uc, self._unicorn.Uc), ("tracker", tracker, DirtyTracker)):
+            if not isinstance(value, kind):
+                error = TypeError(f"{name}={value!r} is no {kind.__name__}")
+                error.add_note(f"hint: give a {kind.__name__}, as TrackedGuest(Uc(...), DirtyTracker())")
+                raise error
         self.uc = uc
         self.ranges: dict[int, TrackedRange] = {}
         self._tracker = tracker
@@ -138,6 +149,8 @@ class TrackedGuest:
 
             InvalidArgumentError: Something is mapped there already, or it does not fit a 64-bit address space.
 
+            KernelError: So much new memory is not to be had (ENOMEM).
+
             PagemapCompatError: Unicorn refused it for another reason, which it gives.
 
             AlreadyRegisteredError, NotTrackableError, ClosedError: As for `DirtyTracker.track`.
@@ -148,7 +161,7 @@ class TrackedGuest:
         if isinstance(memory, int | Integral):  # numpy's are no int; mypy's int is no Integral
             length = operator.index(memory)
             self._check(address, length, perms)
-            memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = _new_memory(length)
         pinned = pin(memory, writable=True)
         try:
             self._check(address, pinned.length, perms)
@@ -201,7 +214,8 @@ class TrackedGuest:
             if lo < hi
         ]
 
-    def _range(self, address: int) -> TrackedRange:
+    def _range(self, address: SupportsIndex) -> TrackedRange:
+        address = whole_number(address, f"address={address!r}: give the guest's, as a whole number")
         if (ram := self.ranges.get(address)) is None:
             known = ", ".join(map(hex, sorted(self.ranges))) or "no address at all"
             raise InvalidArgumentError(f"no region of this guest begins at {address:#x}").with_hint(
@@ -211,6 +225,7 @@ class TrackedGuest:
 
     def _check(self, address: int, length: int, perms: int) -> None:
         unit = self.uc.ctl_get_page_size()
+        perms = whole_number(perms, f"perms={perms!r}: {_PERMISSIONS_HINT}")
         if address % unit or length % unit:
             error = AlignmentError(f"{length} bytes at {address:#x} are not made of whole pages of this guest")
             error.address, error.length = address, length
@@ -220,9 +235,7 @@ class TrackedGuest:
                 "map at least one page, at addresses of 0 to 2**64"
             )
         if perms & ~PROT_ALL:
-            raise InvalidArgumentError(f"perms={perms} are no permissions").with_hint(
-                "or together UC_PROT_READ, UC_PROT_WRITE and UC_PROT_EXEC; or give UC_PROT_ALL"
-            )
+            raise InvalidArgumentError(f"perms={perms} are no permissions").with_hint(_PERMISSIONS_HINT)
         taken = [(first, last + 1) for first, last, _ in self._regions()]
         # Its own are taken even where uc.mem_unmap took them away from the guest.
         for first, end in [*taken, *((start, start + len(ram)) for start, ram in self.ranges.items())]:
@@ -283,9 +296,9 @@ class TrackedGuest:
 
     def write_back(self, memory: Mapping[int, Snapshot], *, verify: bool = False) -> dict[int, ScanResult]:
         """Restore some of its regions, and not the CPU, from snapshots of the same lengths. Else as `restore`."""
-        if isinstance(memory, GuestState):
-            error = TypeError("a GuestState is more than memory")
-            error.add_note("hint: give its memory; restore() also brings the CPU back")
+        if not isinstance(memory, Mapping):
+            error = TypeError(f"{type(memory).__name__} is no memory of a guest")
+            error.add_note("hint: of a GuestState give its memory; restore() also brings the CPU back")
             raise error
         for address, snapshot in memory.items():
             checked(snapshot).check_fits(len(self._range(address)))
@@ -367,6 +380,15 @@ class TrackedGuest:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _new_memory(length: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise KernelError.make(
+            error.errno or 0, "mmap", f"{error.strerror}, for {length} bytes", hint="map less at a time"
+        ) from error
 
 
 def import_unicorn() -> ModuleType:

@@ -74,6 +74,7 @@ from pagemapcompat import (
     ClosedError,
     DirtyTracker,
     InvalidArgumentError,
+    KernelError,
     MissingPackageError,
     NotTrackableError,
     RestoreError,
@@ -626,12 +627,18 @@ MISTAKES = {
         f"0x1000 to {CODE + PAGE:#x} is not free: the guest has 0x1000 to {CODE + 4 * PAGE:#x}",
     ),
     "permissions": (RAM, PAGE, 8, InvalidArgumentError, "perms=8 are no permissions"),
+    "more than there is": (RAM, 1 << 62, 7, KernelError, f"mmap: Cannot allocate memory, for {1 << 62} bytes"),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "given"),
-    [(name, given) for name, mistake in MISTAKES.items() for given in (True, False) if mistake[1] > 0 or not given],
+    [
+        (name, given)
+        for name, mistake in MISTAKES.items()
+        for given in (True, False)
+        if 0 < mistake[1] < 1 << 62 or not given
+    ],
 )
 def test_a_mistake_maps_and_tracks_nothing(name: str, given: bool) -> None:
     """The message has the numbers, the hint a way out; and the memory is as free as before."""
@@ -648,6 +655,26 @@ def test_a_mistake_maps_and_tracks_nothing(name: str, given: bool) -> None:
         if isinstance(memory, mmap.mmap):
             tracker.track(memory).close()
             memory.close()
+
+
+@pytest.mark.parametrize("wrong", [None, "x"], ids=repr)
+def test_a_wrong_type_names_itself_and_what_to_give(tracker: DirtyTracker, wrong: Any) -> None:
+    """Whatever is given it for, and before anything is changed."""
+    guest = machine(tracker, (RAM, PAGE))
+    for ask in (
+        lambda: TrackedGuest(wrong, tracker),
+        lambda: TrackedGuest(guest.uc, wrong),
+        lambda: guest.map(RAM + PAGE, PAGE, wrong),
+        lambda: guest.write_back(wrong),
+        lambda: guest.write_back({wrong: guest.snapshot().memory[RAM]}),
+    ):
+        with pytest.raises(TypeError) as caught:
+            ask()
+        assert repr(wrong) in str(caught.value) + str(caught.value.__notes__) or type(wrong).__name__ in str(
+            caught.value
+        )
+        assert "hint: " in caught.value.__notes__[0]
+    assert list(guest.ranges) == [RAM]
 
 
 def test_memory_that_cannot_be_tracked_is_not_mapped() -> None:

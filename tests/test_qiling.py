@@ -215,6 +215,19 @@ def test_adopt(make: Make, tracker: DirtyTracker) -> None:
         assert caught.value.hint
 
 
+def test_a_second_one_is_refused(make: Make, tracker: DirtyTracker) -> None:
+    """Whatever it would track anew, the first one saves and restores; and what is no tracker replaces nothing."""
+    ql = make()
+    before = ql.mem.save
+    with pytest.raises(TypeError, match="tracker=None is no DirtyTracker"):
+        TrackedMemory(ql, None)  # type: ignore[arg-type]
+    assert ql.mem.save == before
+    memory = TrackedMemory(ql, tracker)
+    with pytest.raises(InvalidArgumentError, match="has another TrackedMemory"):
+        TrackedMemory(ql, tracker)
+    assert ql.mem.save == memory.save
+
+
 def test_what_cannot_be_adopted_stays_as_it_was(make: Make) -> None:
     """Its content, name and permissions; and it still runs."""
     ql = make()
