@@ -251,7 +251,7 @@ void pmc_follow(struct pmc_tracker *tracker, uint32_t writer)
 	pmc_fair_lock(&tracker->fault_lock);
 	bool places = follower->cpus[0] != PMC_NO_CPU;
 	if (writer != follower->writer) {
-		if (places && follower->writer && !follower->left) {
+		if (atomic_load(&follower->both) && !follower->left) {
 			set_both(follower, false);
 			change_policy(first, SCHED_BATCH, SCHED_OTHER);
 		}
