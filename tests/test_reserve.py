@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from children import in_child
-from conftest import PAGE, PRIVATE, Flavour, claims, libc, need, pages_of, use_flavour
+from conftest import PAGE, PRIVATE, Flavour, claims, libc, need, need_shared, pages_of, use_flavour
 
-from pagemapcompat import Cursor, DirtyTracker, Feature, Guarantee
+from pagemapcompat import AddressRange, Cursor, DirtyTracker, Feature, Guarantee
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from pagemapcompat import AddressRange
 
 pytestmark = pytest.mark.kernel
 
@@ -177,6 +175,62 @@ def test_what_comes_to_a_bare_unit_has_changed(flavour: Flavour, area: Callable[
         libc.fill(at)
         libc.fill(at - PAGE)
         assert pages_of(ram.collect()) == {BLOCK + 5, BLOCK + 6}
+
+
+def test_shared_memory_in_a_bare_block_is_no_part_of_it(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """A page that is written and then let go, which keeps its contents, is reported."""
+    need_shared()
+    room = area(3 * BLOCK, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
+    at = -(-room.start // (BLOCK * PAGE)) * BLOCK * PAGE + 6 * PAGE
+    with flavour.tracker(on_untracked="rearm") as tracker:
+        if not claims(tracker, Guarantee.DISCARDS):
+            pytest.skip("this flavour does not promise DISCARDS; remedy: the other flavours")
+        ram = tracker.track(room)
+        libc.mmap(PAGE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, address=at)
+        there = {(at - room.start) // PAGE}
+        assert pages_of(ram.collect()) == there
+        libc.fill(at)
+        libc.madvise(at, PAGE, mmap.MADV_DONTNEED)
+        assert pages_of(ram.collect()) == there
+
+
+def test_more_runs_come_to_a_bare_block_than_one_call_returns(
+    flavour: Flavour, area: Callable[..., AddressRange]
+) -> None:
+    """All of them are collected, once."""
+    room = area(3 * BLOCK, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
+    begin = -room.start // PAGE % BLOCK
+    with flavour.tracker() as tracker:
+        ram = tracker.track(room)
+        at = room.start + begin * PAGE
+        libc.madvise(at, BLOCK * PAGE, NOHUGEPAGE)
+        libc.mprotect(at, BLOCK * PAGE, libc.PROT_READ | libc.PROT_WRITE)
+        wrote = set(range(begin, begin + BLOCK, 2))
+        for page in wrote:
+            libc.fill(room.start + page * PAGE)
+        assert pages_of(ram.collect()) == wrote
+        assert pages_of(ram.collect()) == set()
+
+
+def test_two_trackers_share_a_block(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """One tracks memory in use in its first half, the other one a reserve that begins there: each reports its own."""
+    room = area(3 * BLOCK, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
+    start = -(-room.start // (BLOCK * PAGE)) * BLOCK * PAGE
+    middle = start + BLOCK // 2 * PAGE
+    libc.mprotect(start, middle - start, libc.PROT_READ | libc.PROT_WRITE)
+
+    def check() -> None:
+        with flavour.tracker() as one, flavour.tracker() as two:
+            used = one.track(AddressRange(start, middle))
+            reserve = two.track(AddressRange(middle, start + 2 * BLOCK * PAGE))
+            libc.mprotect(middle, PAGE, libc.PROT_READ | libc.PROT_WRITE)
+            libc.madvise(start, BLOCK * PAGE, NOHUGEPAGE)
+            libc.fill(start + 5 * PAGE)
+            libc.fill(middle)
+            assert pages_of(reserve.collect()) == {0}
+            assert pages_of(used.collect()) == {5}
+
+    in_child(check)
 
 
 def test_snapshots_of_a_reserve(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
