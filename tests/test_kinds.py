@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import in_child
 from conftest import HUGE, HUGE_PAGES, PAGE, PRIVATE, Flavour, libc, need_shared, pages_of, private, write
 
 from pagemapcompat import (
@@ -110,6 +111,47 @@ def test_hugetlb_between_small_pages(flavour: Flavour, pool: None, area: Callabl
         assert pages_of(ram.collect()) == set()
         ram.close()
         libc.munmap(start + HUGE, HUGE)
+
+
+def test_a_limit_that_has_no_room_for_a_huge_page(
+    flavour: Flavour, pool: None, area: Callable[..., AddressRange]
+) -> None:
+    """Behind other pages it is left to the next call, whole; alone it is given whole, however low the limit is."""
+    need_shared()
+    start = area(3 * HUGE_PAGES).start
+    libc.mmap(2 * HUGE, 3, PRIVATE | libc.MAP_HUGETLB, address=start + HUGE)
+    with flavour.tracker() as tracker:
+        ram = tracker.track(AddressRange.from_length(start, 3 * HUGE))
+        libc.fill(start + PAGE)
+        libc.fill(start + HUGE, 2 * HUGE)
+        for ask in (ram.peek, ram.collect):
+            result = ask(max_pages=HUGE_PAGES)
+            assert (set(result.page_indices()), result.resume_at) == ({1}, HUGE)
+        for ask in (ram.peek, ram.collect):
+            result = ask(max_pages=HUGE_PAGES + 1)
+            assert (set(result.page_indices()), result.resume_at) == (set(range(HUGE_PAGES, 2 * HUGE_PAGES)), 2 * HUGE)
+        assert pages_of(ram.collect(max_pages=1)) == set(range(2 * HUGE_PAGES, 3 * HUGE_PAGES))
+
+
+def test_a_limit_among_huge_pages_that_were_unprotected(
+    flavour: Flavour, pool: None, area: Callable[..., AddressRange]
+) -> None:
+    """They are reported like written ones, one a call where it asks for less."""
+    need_shared()
+
+    def check() -> None:
+        memory = area(2 * HUGE_PAGES, 3, PRIVATE | libc.MAP_HUGETLB)
+        with flavour.tracker() as tracker:
+            ram = tracker.track(memory)
+            libc.fill(memory.start, 2 * HUGE)
+            ram.reset()
+            ram.unprotect()
+            for ask in (ram.peek, ram.collect):
+                result = ask(max_pages=1)
+                assert (set(result.page_indices()), result.resume_at) == (set(range(HUGE_PAGES)), HUGE)
+            assert pages_of(ram.collect(max_pages=1)) == set(range(HUGE_PAGES, 2 * HUGE_PAGES))
+
+    in_child(check)
 
 
 def test_transparent_huge_pages(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
