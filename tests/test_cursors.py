@@ -13,7 +13,7 @@ from types import FrameType
 
 import pytest
 from children import Crew, Mirror, in_child, memory_of, resources
-from conftest import PAGE, Flavour, libc, pages_of, part, private, run_child, write
+from conftest import PAGE, Flavour, libc, pages_of, part, private, rounds, run_child, write
 
 from pagemapcompat import (
     ClosedError,
@@ -140,6 +140,18 @@ def test_a_limit_is_not_reached_by_what_was_unmapped(tracker: DirtyTracker, area
     for ask in (second.peek, second.collect):
         assert pages_of(ask(max_pages=1)) == {6}
     assert pages_of(second.collect(max_pages=1)) == set()
+
+
+def test_a_limit_is_not_reached_by_what_was_unprotected_and_unmapped(tracker: DirtyTracker, area) -> None:
+    """It counts as written only while it is there."""
+    ram = tracker.track(area(PAGES))
+    libc.fill(ram.range.start, PAGES * PAGE)
+    ram.reset()
+    ram.unprotect(5 * PAGE, 6 * PAGE)
+    libc.munmap(ram.range.start + 5 * PAGE, PAGE)
+    libc.fill(ram.range.start)
+    for ask in (ram.peek, ram.collect):
+        assert pages_of(ask(max_pages=1)) == {0}
 
 
 def test_untracked_memory(flavour: Flavour, area) -> None:
@@ -520,6 +532,29 @@ def test_a_collect_that_fails_in_a_signal_handler_loses_nothing_of_the_one_it_in
     assert set(caught.value.collected.page_indices()) == {5}
     ram.rearm()
     assert pages_of(ram.collect()) == {1, 10}
+
+
+def test_readers_go_while_pages_are_noted(flavour: Flavour, area) -> None:
+    """For those that are there, in memory that is theirs until nobody notes anything in it."""
+    memory = area(1 << 14, libc.PROT_NONE)
+
+    def close(readers: list[Cursor]) -> None:
+        for reader in readers:
+            reader.close()
+
+    def scenario() -> None:
+        with flavour.tracker() as tracker:
+            ram = tracker.track(memory)
+            for _ in range(rounds(6)):
+                crew, readers = Crew(), [ram.cursor() for _ in range(200)]
+                for half in (readers[::2], readers[1::2]):
+                    crew.add(close, half)
+                while crew.working:
+                    ram.unprotect()
+                    assert ram.collect().pages == 1 << 14
+                crew.join()
+
+    in_child(scenario)
 
 
 @pytest.mark.parametrize("kind", ["private", "shared"])
