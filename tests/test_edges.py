@@ -25,6 +25,7 @@ from conftest import (
     need,
     need_shared,
     pages_of,
+    part,
     private,
     rounds,
     run_child,
@@ -37,6 +38,7 @@ from pagemapcompat import (
     DirtyTracker,
     Feature,
     KernelError,
+    NotTrackableError,
     NotTrackedError,
     _kernel,
     probe,
@@ -116,6 +118,49 @@ def test_memory_of_the_library_is_never_in_a_hole_of_tracked_memory(flavour: Fla
                 assert pages_of(ram.collect()) == {(mine - memory.start) // PAGE}
             other.close()
             ram.collect()
+        assert kept_open
+
+    in_child(check)
+
+
+def nameless() -> list[tuple[int, int]]:
+    """Where private memory is that anybody may write, and that is nobody's stack or heap."""
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+        lines = [words for words in map(str.split, maps) if words[1] == "rw-p" and len(words) == 5]
+    return [(int(start, 16), int(end, 16)) for start, end in (words[0].split("-") for words in lines)]
+
+
+def test_memory_of_the_library_is_never_tracked(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """No page of what it keeps of a range, or of a reader: a fault there would wait for itself."""
+    if SANITIZED:
+        pytest.skip("AddressSanitizer maps memory of its own meanwhile; remedy: run it without")
+    memory = area(1 << 21, libc.PROT_NONE, PRIVATE | libc.MAP_NORESERVE)
+    bits = (1 << 21) // 8  # bytes, for one bit a page
+
+    def new_since(before: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for start, end in nameless():
+            old = [border for one in before if start <= one[0] < end for border in one]
+            borders = [start, *old, end]
+            found += zip(borders[::2], borders[1::2], strict=True)
+        return [(start, end) for start, end in found if end - start >= bits]
+
+    def check() -> None:
+        # Room for Python's own objects, which would else map an arena some time.
+        kept_open = [bytes(256) for _ in range(1 << 14)][::128]
+        with flavour.tracker() as tracker:
+            before = nameless()
+            ram = tracker.track(memory)
+            of_range = new_since(before)
+            before = nameless()
+            reader = ram.cursor()
+            of_reader = new_since(before)
+            for found, arrays in ((of_range, 2), (of_reader, 1)):
+                assert sum(end - start for start, end in found) >= arrays * bits
+                for at in (at for start, end in found for at in range(start + bits // 8, end, bits // 4)):
+                    with pytest.raises(NotTrackableError, match="own memory"):
+                        tracker.track((at, PAGE))
+            reader.close()
         assert kept_open
 
     in_child(check)
@@ -273,6 +318,61 @@ def test_a_reset_that_fails_leaves_alone_what_lies_behind(flavour: Flavour, area
         assert pages_of(ram.collect(3 * PAGE)) == {6}
 
 
+def test_an_unprotect_that_comes_upon_untracked_memory(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """It may have let the pages before it go, so those count as written."""
+    with flavour.tracker() as tracker:
+        memory = area(8)
+        ram = tracker.track(memory)
+        libc.fill(memory.start, memory.length)
+        ram.reset()
+        libc.mmap(PAGE, address=memory.start + 4 * PAGE)
+        with pytest.raises(NotTrackedError) as caught:
+            ram.unprotect()
+        assert caught.value.range == part(ram, 4, 1)
+        assert pages_of(ram.peek(0, 4 * PAGE)) == {0, 1, 2, 3}
+        assert pages_of(ram.collect(0, 4 * PAGE)) == {0, 1, 2, 3}
+
+
+def test_what_was_unprotected_before_it_was_mapped_anew(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """The error hands over what comes before it, and what comes after it is the next call's."""
+    with flavour.tracker() as tracker:
+        memory = area(8)
+        ram = tracker.track(memory)
+        libc.fill(memory.start, memory.length)
+        ram.reset()
+        ram.unprotect()
+        libc.mmap(PAGE, address=memory.start + 4 * PAGE)
+        with pytest.raises(NotTrackedError) as caught:
+            ram.collect()
+        assert caught.value.collected is not None
+        assert set(caught.value.collected.page_indices()) == {0, 1, 2, 3}
+        ram.rearm()
+        assert pages_of(ram.collect()) == {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("ask", ["peek", "collect", "limit"])
+def test_an_error_hands_over_nothing_of_an_earlier_answer(
+    flavour: Flavour, area: Callable[..., AddressRange], ask: str
+) -> None:
+    """However many runs that had: untracked memory that comes first leaves nothing to hand over."""
+    with flavour.tracker() as tracker:
+        memory = area(32)
+        ram = tracker.track(memory)
+        for page in range(1, 32, 2):
+            libc.fill(memory.start + page * PAGE)
+        if ask == "peek":
+            ram.peek()
+        elif ask == "limit":
+            ram.collect(max_pages=3)
+        ram.collect()
+        libc.mmap(PAGE, address=memory.start)
+        with pytest.raises(NotTrackedError) as caught:
+            ram.collect()
+        assert caught.value.range == part(ram, 0, 1)
+        assert caught.value.collected is not None
+        assert (caught.value.collected.pages, caught.value.collected.walk_end) == (0, memory.start)
+
+
 CHUNK = 4 << 10
 """So many pages are looked at in one go, with pages of 4 KiB and small ones."""
 
@@ -309,6 +409,23 @@ def test_runs_that_go_on_in_the_next_chunk(
             assert pages_of(ram.peek()) == wrote
             assert pages_of(ram.collect()) == wrote
             assert pages_of(ram.collect()) == set()
+
+
+def test_untracked_memory_within_a_run_and_a_limit(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """What comes before it is handed over, and what comes after it stays written."""
+    with flavour.tracker() as tracker:
+        memory = area(3 * CHUNK)
+        ram = tracker.track(memory)
+        libc.fill(memory.start, 64 * PAGE)
+        libc.mmap(PAGE, address=memory.start + 10 * PAGE)
+        with pytest.raises(NotTrackedError) as caught:
+            ram.collect(max_pages=20)
+        assert caught.value.range == part(ram, 10, 1)
+        assert caught.value.collected is not None
+        assert set(caught.value.collected.page_indices()) == set(range(10))
+        assert caught.value.collected.walk_end == memory.start + 10 * PAGE
+        ram.rearm()
+        assert pages_of(ram.collect()) == set(range(10, 64))
 
 
 def test_a_guard_page_behind_a_run_that_cannot_be_protected(
