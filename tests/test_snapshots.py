@@ -266,6 +266,25 @@ def test_protected_pages(tracker: DirtyTracker, area: Callable[..., AddressRange
     assert peeked(place) == expected
 
 
+def test_pages_that_may_only_be_read_are_reported_when_they_are_written_back(
+    tracker: DirtyTracker, area: Callable[..., AddressRange]
+) -> None:
+    """To readers that have seen what was written before."""
+    place = area(32)
+    ram = tracker.track(place)
+    other = ram.cursor()
+    libc.fill(place.start, place.length, 7)
+    first = ram.snapshot()
+    libc.fill(place.start, place.length, 8)
+    for reader in (other, ram):
+        assert pages_of(reader.collect()) == set(range(32))
+    libc.mprotect(place.start, place.length, libc.PROT_READ)
+    ram.restore(first)
+    assert peeked(place) == b"\7" * place.length
+    for reader in (other, ram):
+        assert pages_of(reader.collect()) == set(range(32))
+
+
 def test_more_pages_than_one_call_copies(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
     """Barred pages beside its ends are no others'."""
     pages = 1040
@@ -312,6 +331,33 @@ def test_holes(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None
     assert list(later.missing().spans()) == [(8 * PAGE, 10 * PAGE), (22 * PAGE, 23 * PAGE)]
     libc.fill(place.start + 20 * PAGE, PAGE, 3)
     ram.restore(later, verify=True)
+
+
+def test_a_hole_at_the_end(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
+    """Behind it no mapping is left in the memory: what was there is missed like any other, and nothing is written."""
+    place = area(32)
+    ram = tracker.track(place)
+    libc.fill(place.start, place.length, 7)
+    whole = ram.snapshot()
+    libc.munmap(place.start + 30 * PAGE, 2 * PAGE)
+    later = ram.snapshot()
+    assert list(later.missing().spans()) == [(30 * PAGE, 32 * PAGE)]
+    assert pages_of(later.diff(whole)) == {30, 31}
+    libc.fill(place.start, 1, 8)
+    with pytest.raises(KernelError, match="cannot be written now") as caught:
+        ram.restore(whole)
+    assert caught.value.range == part(ram, 30, 1)
+    assert peeked(part(ram, 0, 1))[0] == 8
+
+
+def test_a_hole_where_nothing_was_held(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
+    """Zeros are a content too, which cannot be written there: the page is named."""
+    ram = tracker.track(area(32))
+    empty = ram.snapshot()
+    libc.munmap(ram.range.start + 5 * PAGE, PAGE)
+    with pytest.raises(KernelError, match="cannot be written now") as caught:
+        ram.restore(empty)
+    assert caught.value.range == part(ram, 5, 1)
 
 
 def test_guard_pages(tracker: DirtyTracker, area: Callable[..., AddressRange]) -> None:
@@ -746,6 +792,22 @@ def test_rearming(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
         third = ram.snapshot()
         assert third.read() == peeked(place)
         ram.restore(second, verify=True)
+
+
+def test_a_page_that_comes_to_a_large_hole(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
+    """It alone is held from then on, and the others of the hole are missed as before."""
+    with flavour.tracker(on_untracked="rearm") as tracker:
+        place = area(64)
+        ram = tracker.track(place)
+        libc.munmap(place.start + 16 * PAGE, 16 * PAGE)
+        ram.snapshot()
+        libc.mmap(PAGE, address=place.start + 20 * PAGE)
+        libc.fill(place.start + 20 * PAGE, PAGE, 7)
+        second = ram.snapshot()
+        assert list(second.missing().spans()) == [(16 * PAGE, 20 * PAGE), (21 * PAGE, 32 * PAGE)]
+        libc.fill(place.start + 20 * PAGE, PAGE, 8)
+        ram.restore(second)
+        assert peeked(part(ram, 20, 1)) == b"\7" * PAGE
 
 
 def test_writers_are_found_out(flavour: Flavour) -> None:
