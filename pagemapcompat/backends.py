@@ -595,9 +595,9 @@ class PagemapScanBackend(Backend):
 class UffdWpBackend(Backend):
     """Pagemap words and UFFDIO_WRITEPROTECT, with a fault thread in C. Since Linux 5.7.
 
-    A writer sleeps until a fault thread has un-protected its page, once per page and collect. While one writer is alone
-    a tracker that was made on two CPUs has a fault thread on each; else there is one, which ties itself to the CPU of
-    that writer, within those that it was given. A real-time thread that takes such a CPU keeps it waiting.
+    A writer sleeps until the fault thread has un-protected its page, once per page and collect. Made on two CPUs, a
+    tracker has a fault thread on each; else there is one, which as long as it has one writer ties itself to that one's
+    CPU, within those that it was given. A real-time thread that takes such a CPU keeps it waiting.
     PAGEMAPCOMPAT_DISABLE=uffd-thread-id has one, and leaves it to the scheduler.
     """
 

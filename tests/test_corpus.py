@@ -39,7 +39,7 @@ def test_an_input(path: Path) -> None:
 def test_texts_in_the_place_of_maps(compiler: str, tmp_path: Path) -> None:
     """vmas.c finds what is there, or says EBADMSG, and reads nothing beyond it, with sanitizers watching."""
     need_sanitizer(compiler, *SANITIZERS["address"], folder=tmp_path)
-    files = [HARNESS / "fuzz_maps.c", NATIVE / "vmas.c", NATIVE / "output.c"]
+    files = [HARNESS / "fuzz_maps.c", *(NATIVE / f"{name}.c" for name in ("vmas", "files", "output"))]
     program = build(compiler, tmp_path / "replay", *SANITIZERS["address"], "-DREPLAY", *files)
     # Text that ends where the buffer does, whose last line is cut after each of its characters.
     line = b"7f0000000000-7f0000001000 rw-p 00000000 00:00 0 x\n"

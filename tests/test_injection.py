@@ -104,8 +104,8 @@ ERRNOS = {
     "SYS_gettid": (),  # never fails
     "SYS_process_vm_readv": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
     "SYS_process_vm_writev": (EFAULT, ENOMEM, ENOSYS, EPERM, ESRCH),
-    "SYS_sched_getscheduler": (),  # of a thread of ours
-    "SYS_sched_setscheduler": (),  # likewise, between SCHED_OTHER and SCHED_BATCH
+    "SYS_sched_getscheduler": (),  # of oneself
+    "SYS_sched_setscheduler": (),  # likewise, from SCHED_OTHER to SCHED_BATCH
     "SYS_userfaultfd": (EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EPERM),
     "FUTEX_WAIT_BITSET_PRIVATE": (EAGAIN, EINTR, ETIMEDOUT),
     "FUTEX_WAIT_PRIVATE": (EAGAIN, EINTR),

@@ -1,5 +1,5 @@
-// The fault threads, one, or two where a tracker is made on two CPUs (follow.c): they resolve the write faults of a
-// synchronous userfaultfd.
+// The fault threads, one, or one for each of two CPUs (follow.c): they resolve the write faults of a synchronous
+// userfaultfd.
 //
 // Why a thread, and why in C. A thread that stores into a protected page sleeps in the kernel until somebody
 // un-protects it. A Python thread that does so with ram[i] = 1 sleeps holding the GIL, so whoever resolves it must need
@@ -72,8 +72,8 @@ static void note_answer(struct pmc_tracker *tracker, struct stretch stretch)
 	tracker->answers[atomic_fetch_add(&tracker->answered, 1) % PMC_ANSWERS] = stretch;
 }
 
-// Un-protects *page*, and wakes whoever waits there. Hugetlb memory takes whole huge pages alone (else EINVAL), so twice
-// as much is tried until it is accepted. 0 or -errno.
+// Un-protects *page*, and wakes whoever waits there. Hugetlb memory takes whole huge pages alone (else EINVAL), so
+// twice as much is tried until it is accepted. 0 or -errno.
 static int open_page(struct pmc_tracker *tracker, struct stretch *page)
 {
 	struct stretch whole = *page;
@@ -174,13 +174,6 @@ static int serve(struct fault_thread *self)
 	struct uffd_msg messages[PMC_MESSAGES];
 
 	for (;;) {
-		// Who waited was in no read that held on to our file; and the other thread may have ended meanwhile.
-		if (pmc_wait_to_serve(self)) {
-			if (atomic_load(&tracker->fault_errno))
-				return 0;
-			if (!pmc_is_file(tracker->uffd, tracker->uffd_file))
-				return -EBADF;
-		}
 		unsigned long long answers = atomic_load(&tracker->answered);
 		ssize_t got = read(tracker->uffd, messages, sizeof(messages));
 		if (got < 0 && (errno == EINTR || errno == EAGAIN))
@@ -205,13 +198,13 @@ static int serve(struct fault_thread *self)
 		}
 		if (stop)
 			return 0;
-		if (tracker->abilities & PMC_CAN_TIE)
+		if (self->cpu == PMC_NO_CPU)
 			pmc_follow(tracker, writer);
 	}
 }
 
-// *count* threads serve no longer; under fault_lock. Returns whether none does. Then the bells are unregistered: whoever
-// rings one goes on, also if it was told to look again.
+// *count* threads serve no longer; under fault_lock. Returns whether none does. Then the bells are unregistered:
+// whoever rings one goes on, also if it was told to look again.
 static bool stop_serving(struct pmc_tracker *tracker, unsigned count)
 {
 	uint64_t bells = (uint64_t)(uintptr_t)tracker->bells;
@@ -233,7 +226,8 @@ static void *fault_thread(void *arg)
 	if (rc) // the first says why
 		atomic_compare_exchange_strong(&tracker->fault_errno, &none, -rc);
 	pmc_fair_lock(&tracker->fault_lock);
-	pmc_unsettle(tracker);
+	pmc_untie(tracker);
+	self->id = 0;
 	for (struct pmc_range *range = tracker->ranges; rc && range; range = range->next)
 		pmc_unregister_all(tracker, &tracker->thread_vmas, range->start, range->end);
 	bool last = stop_serving(tracker, 1);
@@ -313,13 +307,13 @@ static int start(struct pmc_tracker *tracker, struct fault_thread *self)
 	return 0;
 }
 
-// So many could not be started. Where there is one, it serves alone.
+// So many could not be started. Where there is one it serves alone, wherever the scheduler puts it.
 static void do_without(struct pmc_tracker *tracker, unsigned count)
 {
 	const char *operation = tracker->operation;
 	sigset_t signals;
 	pmc_hold_fault_threads(tracker, &signals);
-	pmc_place_one(&tracker->follower);
+	pmc_untie(tracker);
 	stop_serving(tracker, count);
 	pmc_release_fault_threads(tracker, &signals);
 	atomic_fetch_sub(&tracker->fault_threads_left, count);
@@ -329,6 +323,8 @@ static void do_without(struct pmc_tracker *tracker, unsigned count)
 int pmc_fault_threads_start(struct pmc_tracker *tracker)
 {
 	unsigned count = pmc_place(tracker);
+	if (count == 1)
+		pmc_follower_start(&tracker->follower);
 	tracker->operation = "fcntl";
 	int flags = fcntl(tracker->uffd, F_GETFL);
 	if (flags < 0 || fcntl(tracker->uffd, F_SETFL, flags & ~O_NONBLOCK))
@@ -371,7 +367,7 @@ void pmc_fault_threads_stop(struct pmc_tracker *tracker)
 		return;
 	tracker->fault_thread_count = 0;
 	pmc_hold_fault_threads(tracker, &signals);
-	pmc_unsettle(tracker);
+	pmc_untie(tracker);
 	pmc_release_fault_threads(tracker, &signals);
 	for (unsigned i = 0; i < count; i++)
 		tracker->bells[i * page_size_of(tracker)] = 1;

@@ -2,23 +2,20 @@
 //
 // If a fault thread runs on its writer's CPU a fault takes two switches of context. If not, each has to wake the
 // other's CPU, which takes up to 10 times as long where that is idle, or a virtual one; and the scheduler leaves the
-// thread wherever it was. So while there is one writer alone, which LOOK_FIRST faults in a row tell:
+// thread wherever it was.
 //
-// Where the tracker was made on two CPUs, a second fault thread serves, and each has a CPU. Every message wakes both,
-// and the one beside the writer is nearly always first; the other one keeps the scheduler from taking its CPU for an
-// idle one, to which it would send the writer as it wakes (kernel/sched/fair.c: select_idle_sibling). They are
-// SCHED_BATCH there, so that the one that is not needed takes no time from a program that keeps its CPU busy.
+// Where a tracker is made on two CPUs, each has a fault thread of its own. Every message wakes both, and the one beside
+// the writer is nearly always first; the other one keeps the scheduler from taking its CPU for an idle one, to which it
+// would send the writer as it wakes (kernel/sched/fair.c: select_idle_sibling). They are SCHED_BATCH, so that the one
+// that is not needed takes no time from a program that keeps its CPU busy.
 //
-// On more CPUs each message would wake them all. There is one thread, which looks where the writer runs, and ties
-// itself to that CPU. A look takes about as long as a fault: the next comes after twice as many, in the end each
-// LOOK_EVERY. A writer that has moved at each look is left alone.
+// On more CPUs each message would wake them all. There is one thread then, and while it has one writer it looks where
+// that runs, and ties itself to the CPU. A look takes about as long as a fault: the first comes after LOOK_FIRST
+// faults, the next after twice as many, in the end each LOOK_EVERY. A writer that has moved at each look is left alone,
+// and so are several that take turns.
 //
-// Where several take turns the first thread serves, wherever the scheduler puts it: two would un-protect pages while
-// both CPUs run the process, so that each flushes the other's TLB.
-//
-// SCHED_IDLE would keep any writer on its CPU, for what runs nothing else counts as idle (sched_idle_cpu). But such a
-// thread, pushed aside with a message in its hands, left its writer for 1.3 s beside three busy threads a CPU (seen on
-// 6.18.44).
+// One that is SCHED_IDLE would keep any writer on its CPU, for what runs nothing else counts as idle (sched_idle_cpu).
+// But pushed aside with a message in its hands it left its writer for 1.3 s, beside three busy threads a CPU (6.18.44).
 //
 // The threads stay on the CPUs that they were given: those of the thread that made the tracker, or what somebody sets
 // later, unless that is the very CPU one is tied to, which looks the same.
@@ -29,7 +26,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -58,28 +54,33 @@ static int open_stat(uint32_t thread, struct file_id *id)
 	return stat;
 }
 
-unsigned pmc_place(struct pmc_tracker *tracker)
+void pmc_follower_start(struct follower *follower)
 {
-	struct follower *follower = &tracker->follower;
-	struct cpus given = { 0 }; // the kernel fills in as many as it has
-	unsigned count = 0;
 	// Whoever makes a tracker is likely to be a writer; and so there is one descriptor from the first to the last.
 	follower->known = (uint32_t)syscall(SYS_gettid);
 	follower->stat = open_stat(follower->known, &follower->stat_file);
 	follower->wait = LOOK_FIRST;
-	bool may_tie = tracker->abilities & PMC_CAN_TIE && !sched_getaffinity(0, sizeof(given), (cpu_set_t *)&given);
-	for (uint32_t cpu = 0; may_tie && cpu < PMC_CPUS; cpu++)
-		if (bit_test(given.bits, cpu) && count++ < PMC_FAULT_THREADS)
-			follower->cpus[count - 1] = cpu;
-	if (count == PMC_FAULT_THREADS)
-		return count;
-	pmc_place_one(follower);
-	return 1;
+	follower->cpu = PMC_NO_CPU;
 }
 
-void pmc_place_one(struct follower *follower)
+unsigned pmc_place(struct pmc_tracker *tracker)
 {
-	follower->cpus[0] = PMC_NO_CPU;
+	struct cpus given = { 0 }; // the kernel fills in as many as it has
+	unsigned count = 0;
+	bool tied = tracker->abilities & PMC_CAN_TIE && !sched_getaffinity(0, sizeof(given), (cpu_set_t *)&given);
+	for (uint32_t cpu = 0; tied && cpu < PMC_CPUS; cpu++) {
+		if (!bit_test(given.bits, cpu))
+			continue;
+		if (count < PMC_FAULT_THREADS)
+			tracker->fault_threads[count].cpu = cpu;
+		count++;
+	}
+	if (count > 1 && count <= PMC_FAULT_THREADS) {
+		tracker->follower.given = given;
+		return count;
+	}
+	tracker->fault_threads[0].cpu = PMC_NO_CPU;
+	return 1;
 }
 
 // ---- Whose file is open -----------------------------------------------------------------------------------------
@@ -128,147 +129,109 @@ static uint32_t parse_cpu(const char *text)
 	return cpu < PMC_CPUS ? (uint32_t)cpu : PMC_NO_CPU;
 }
 
-static uint32_t look(struct follower *follower, uint32_t writer)
+static uint32_t look(struct pmc_tracker *tracker, uint32_t thread)
 {
+	struct follower *follower = &tracker->follower;
 	uint32_t cpu = PMC_NO_CPU;
 	char text[1024];
-	if (follower->known != writer) {
-		atomic_store_explicit(&follower->wanted, writer, memory_order_relaxed);
+	pmc_fair_lock(&tracker->fault_lock);
+	if (follower->known != thread) {
+		atomic_store_explicit(&follower->wanted, thread, memory_order_relaxed);
 	} else if (follower->stat >= 0) {
 		ssize_t got = pread(follower->stat, text, sizeof(text) - 1, 0);
 		int error = got < 0 ? errno : 0;
 		text[got < 0 ? 0 : got] = 0;
 		if (error == ESRCH) // it has ended, and another has its number
-			atomic_store_explicit(&follower->wanted, writer, memory_order_relaxed);
-		else if (got > 0 && is_of(text, writer))
+			atomic_store_explicit(&follower->wanted, thread, memory_order_relaxed);
+		else if (got > 0 && is_of(text, thread))
 			cpu = parse_cpu(text);
 		else if (got > 0 || (error && error != EINTR && error != ENOMEM))
 			follower->stat = -1; // and is not ours to close
 	}
+	pmc_fair_unlock(&tracker->fault_lock);
 	return cpu;
-}
-
-// Ties a fault thread to a CPU, or with PMC_NO_CPU no more. What fails leaves it tied, or not, as it was, and is tried
-// again.
-static void tie(struct fault_thread *thread, uint32_t cpu)
-{
-	struct cpus now = { 0 }, tied = { 0 }; // the kernel fills in as many as it has
-	pid_t id = (pid_t)thread->id;
-	if (!id || cpu == thread->cpu || sched_getaffinity(id, sizeof(now), (cpu_set_t *)&now))
-		return;
-	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
-	if (thread->cpu != PMC_NO_CPU)
-		bit_set(tied.bits, thread->cpu);
-	if (memcmp(&now, &tied, sizeof(now)) != 0) {
-		thread->given = now;
-		thread->cpu = PMC_NO_CPU;
-	}
-	if (cpu != PMC_NO_CPU && bit_test(thread->given.bits, cpu)) {
-		memset(&tied, 0, sizeof(tied));
-		bit_set(tied.bits, cpu);
-		if (!sched_setaffinity(id, sizeof(tied), (cpu_set_t *)&tied)) {
-			thread->cpu = cpu;
-			return;
-		}
-	}
-	if (thread->cpu != PMC_NO_CPU && !sched_setaffinity(id, sizeof(now), (cpu_set_t *)&thread->given))
-		thread->cpu = PMC_NO_CPU;
-}
-
-// By number: musl's functions refuse. What else whoever made the tracker has chosen stays.
-static void change_policy(const struct fault_thread *thread, int from, int to)
-{
-	struct sched_param no_priority = { 0 };
-	if (thread->id && syscall(SYS_sched_getscheduler, thread->id) == from)
-		(void)syscall(SYS_sched_setscheduler, thread->id, to, &no_priority);
-}
-
-static void set_both(struct follower *follower, bool both)
-{
-	if (atomic_exchange(&follower->both, both) != both && both)
-		syscall(SYS_futex, &follower->both, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
 void pmc_settle(struct fault_thread *self)
 {
 	struct pmc_tracker *tracker = self->tracker;
-	uint32_t cpu = tracker->follower.cpus[1];
+	struct cpus tied = { 0 };
+	struct sched_param no_priority = { 0 };
+	if (self->cpu == PMC_NO_CPU)
+		return;
+	bit_set(tied.bits, self->cpu);
 	pmc_fair_lock(&tracker->fault_lock);
-	self->cpu = PMC_NO_CPU;
-	if (!tracker->follower.left)
+	// A thread that cannot be had there, or not so, serves wherever it is.
+	if (!tracker->untied && !sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied))
 		self->id = (uint32_t)syscall(SYS_gettid);
-	if (self == &tracker->fault_threads[1]) {
-		tie(self, cpu);
-		change_policy(self, SCHED_OTHER, SCHED_BATCH);
-	}
 	pmc_fair_unlock(&tracker->fault_lock);
-}
-
-bool pmc_wait_to_serve(struct fault_thread *self)
-{
-	atomic_uint *both = &self->tracker->follower.both;
-	bool waits = self == &self->tracker->fault_threads[1] && !atomic_load(both);
-	for (bool wait = waits; wait; wait = !atomic_load(both))
-		syscall(SYS_futex, both, FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
-	return waits;
+	// By number: musl's functions refuse. And what whoever made the tracker has chosen stays.
+	if (syscall(SYS_sched_getscheduler, 0) == SCHED_OTHER)
+		(void)syscall(SYS_sched_setscheduler, 0, SCHED_BATCH, &no_priority);
 }
 
 // Before anything may have a thread let go of the file, if the descriptor was lost. Until the last one has released it,
 // writers come back from their faults to fault again, inside the kernel and, where that does not preempt itself, for
 // ever if the one that releases may run on their CPU alone (fs/userfaultfd.c, handle_userfault: ctx->released; seen on
 // 6.18.44).
-void pmc_unsettle(struct pmc_tracker *tracker)
+void pmc_untie(struct pmc_tracker *tracker)
 {
-	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++) {
-		tie(&tracker->fault_threads[i], PMC_NO_CPU);
-		tracker->fault_threads[i].id = 0;
-	}
-	tracker->follower.left = true;
-	set_both(&tracker->follower, true);
+	tracker->untied = true;
+	for (unsigned i = 0; i < PMC_FAULT_THREADS; i++)
+		if (tracker->fault_threads[i].id)
+			(void)sched_setaffinity((pid_t)tracker->fault_threads[i].id, sizeof(struct cpus),
+						(cpu_set_t *)&tracker->follower.given);
 }
 
-static void follow(struct follower *follower, struct fault_thread *first, uint32_t writer)
+// Ties the thread to a CPU, or with PMC_NO_CPU no more. What fails leaves it tied, or not, as it was, and is tried
+// again.
+static void tie(struct follower *follower, uint32_t cpu)
 {
-	uint32_t before = first->cpu;
-	tie(first, look(follower, writer));
-	if (first->cpu == before) {
+	struct cpus now = { 0 }, tied = { 0 }; // the kernel fills in as many as it has
+	if (cpu == follower->cpu || sched_getaffinity(0, sizeof(now), (cpu_set_t *)&now))
+		return;
+	// What it is tied to is all that it may use, unless somebody else had a say meanwhile: then that holds.
+	if (follower->cpu != PMC_NO_CPU)
+		bit_set(tied.bits, follower->cpu);
+	if (memcmp(&now, &tied, sizeof(now)) != 0) {
+		follower->given = now;
+		follower->cpu = PMC_NO_CPU;
+	}
+	if (cpu != PMC_NO_CPU && bit_test(follower->given.bits, cpu)) {
+		memset(&tied, 0, sizeof(tied));
+		bit_set(tied.bits, cpu);
+		if (!sched_setaffinity(0, sizeof(tied), (cpu_set_t *)&tied)) {
+			follower->cpu = cpu;
+			return;
+		}
+	}
+	if (follower->cpu != PMC_NO_CPU && !sched_setaffinity(0, sizeof(now), (cpu_set_t *)&follower->given))
+		follower->cpu = PMC_NO_CPU;
+}
+
+void pmc_follow(struct pmc_tracker *tracker, uint32_t thread)
+{
+	struct follower *follower = &tracker->follower;
+	if (thread != follower->thread) {
+		tie(follower, PMC_NO_CPU);
+		follower->thread = thread;
+		follower->faults = follower->moves = 0;
+		follower->wait = LOOK_FIRST;
+	}
+	// 0 where the handshake did not ask for it.
+	if (!thread || ++follower->faults < follower->wait)
+		return;
+	follower->faults = 0;
+	uint32_t cpu = look(tracker, thread), before = follower->cpu;
+	tie(follower, cpu);
+	if (follower->cpu == before) {
 		follower->moves = 0;
 		follower->wait = (uint32_t)min_u64(2 * follower->wait, LOOK_EVERY);
 	} else if (++follower->moves < MOVES) {
 		follower->wait = LOOK_FIRST;
 	} else {
-		tie(first, PMC_NO_CPU);
+		tie(follower, PMC_NO_CPU);
 		follower->moves = 0;
 		follower->wait = REST;
 	}
-}
-
-void pmc_follow(struct pmc_tracker *tracker, uint32_t writer)
-{
-	struct follower *follower = &tracker->follower;
-	struct fault_thread *first = &tracker->fault_threads[0];
-
-	pmc_fair_lock(&tracker->fault_lock);
-	bool places = follower->cpus[0] != PMC_NO_CPU;
-	if (writer != follower->writer) {
-		if (atomic_load(&follower->both) && !follower->left) {
-			set_both(follower, false);
-			change_policy(first, SCHED_BATCH, SCHED_OTHER);
-		}
-		tie(first, PMC_NO_CPU);
-		follower->writer = writer;
-		follower->faults = follower->moves = 0;
-		follower->wait = LOOK_FIRST;
-	}
-	if (writer && ++follower->faults >= follower->wait && !follower->left) {
-		follower->faults = 0;
-		if (!places) {
-			follow(follower, first, writer);
-		} else if (first->cpu != follower->cpus[0]) {
-			tie(first, follower->cpus[0]);
-			change_policy(first, SCHED_OTHER, SCHED_BATCH);
-			set_both(follower, true);
-		}
-	}
-	pmc_fair_unlock(&tracker->fault_lock);
 }

@@ -14,7 +14,7 @@
 
 #define PMC_REGIONS 512 // that PAGEMAP_SCAN finds at a time: its bounce buffer on x86-64
 #define PMC_VECTOR (8 * PMC_REGIONS) // regions of one call of an engine: a call for each 512 takes 0.4 us more
-#define PMC_CPUS 8192 // at most; with more fault threads stay where they are
+#define PMC_CPUS 8192 // at most; with more the fault thread stays where it is
 #define PMC_NO_CPU UINT32_MAX
 #define PMC_FAULT_THREADS 2 // of a tracker, at most
 #define PMC_MESSAGES 16 // that a fault thread reads at a time
@@ -232,26 +232,25 @@ struct fault_thread {
 	pthread_t thread;
 	void *stack;
 	size_t stack_size;
+	uint32_t cpu; // that it is tied to from first to last, or PMC_NO_CPU
+	uint32_t id; // of the thread, or 0: it is not tied; under fault_lock
 	struct stretch opening; // the page that it un-protects at this moment; under answers_lock
 	bool again; // to be woken when it has, whoever waits there; under answers_lock
-	uint32_t id; // or 0: it is not to be tied; this, and what follows, under fault_lock
-	uint32_t cpu; // that it is tied to, or PMC_NO_CPU
-	struct cpus given; // those that it may use
 };
 
-// How fault threads are placed while there is one writer alone: see follow.c. Under fault_lock.
+// How the fault thread follows its writer, where there is one alone: see follow.c.
 struct follower {
-	bool left; // nobody is to be tied any more
-	uint32_t cpus[PMC_FAULT_THREADS]; // where each has its place; PMC_NO_CPU: there is one thread, which follows
-	atomic_uint both; // 1, or 0: the second thread waits until that changes; a futex, read without the lock
-	uint32_t writer; // the last one, or 0
+	atomic_uint wanted; // the thread whose file is to be opened, or 0
+	uint32_t known; // whose was; under fault_lock
+	int stat; // that file, or -1; under fault_lock
+	struct file_id stat_file;
+	// The rest is the fault thread's own.
+	uint32_t thread; // the last writer, or 0
 	uint32_t faults; // since the last look
 	uint32_t wait; // so many until the next one
 	uint32_t moves; // that the last looks found in a row
-	atomic_uint wanted; // the thread whose file is to be opened, or 0; read without the lock
-	uint32_t known; // whose was
-	int stat; // that file, or -1
-	struct file_id stat_file;
+	uint32_t cpu; // that it is tied to
+	struct cpus given; // those that it may use
 };
 
 struct pmc_tracker {
@@ -275,6 +274,7 @@ struct pmc_tracker {
 	unsigned fault_thread_count; // that were started, and not stopped
 	unsigned fault_threads_serving; // that read messages; under fault_lock
 	atomic_uint fault_threads_left; // that touch memory of ours: those, and who is about to end
+	bool untied; // none is to be tied any more; under fault_lock
 	atomic_int fault_errno; // not 0: a fault thread has ended, and nothing is registered any more
 	atomic_ullong faults;
 	struct fair_lock answers_lock; // between fault threads and who closes a range; held over no system call
@@ -357,23 +357,21 @@ void pmc_release_fault_threads(struct pmc_tracker *tracker, const sigset_t *befo
 
 // -- follow.c -----------------------------------------------------------------------------------------------
 
-// Decides where fault threads have their places, before any is started. Returns how many there are to be.
+// Decides where fault threads are to run, before any is started. Returns how many there are to be.
 unsigned pmc_place(struct pmc_tracker *tracker);
-// There is one after all; under fault_lock.
-void pmc_place_one(struct follower *follower);
-// In a fault thread, before it serves.
+// Before one is started that is alone.
+void pmc_follower_start(struct follower *follower);
+// Ties the calling fault thread to its CPU, if it has one.
 void pmc_settle(struct fault_thread *self);
-// In one, before each message: waits until it is to serve. Returns whether it did.
-bool pmc_wait_to_serve(struct fault_thread *self);
-// Lets them run wherever they may, and wait no more, from now on; under fault_lock.
-void pmc_unsettle(struct pmc_tracker *tracker);
-// Closes what was opened for that.
+// Lets those that have one run wherever they may; under fault_lock.
+void pmc_untie(struct pmc_tracker *tracker);
+// Closes what was opened to follow the writer.
 void pmc_follower_close(struct follower *follower);
-// Opens what has to be read to find the writer, if a fault thread has asked for it. Under the mutex; not in a fault
+// Opens what the fault thread has to read to follow its writer, if it has asked. Under the mutex; not in the fault
 // thread.
 void pmc_find_writer(struct pmc_tracker *tracker);
-// After the faults of *writer*, or of several: 0. In a fault thread.
-void pmc_follow(struct pmc_tracker *tracker, uint32_t writer);
+// After the faults of *thread*, or 0 for several. In the fault thread, where there is one alone.
+void pmc_follow(struct pmc_tracker *tracker, uint32_t thread);
 
 // -- fault.c ------------------------------------------------------------------------------------------------
 

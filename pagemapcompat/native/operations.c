@@ -132,8 +132,8 @@ static int leave_untracked(struct pmc_range *range, uint64_t pos, uint64_t end, 
 }
 
 // The engine met untracked memory at *pos*, and a look found none. It went, or was registered, in between: then the
-// engine is asked again. Or it is registered, but not by us: with another userfaultfd, which protects nothing here. 0 to
-// go on, or -ENOENT.
+// engine is asked again. Or it is registered, but not by us: with another userfaultfd, which protects nothing here. 0
+// to go on, or -ENOENT.
 static int found_none(struct pmc_tracker *tracker, uint64_t pos, uint64_t end, struct refusals *refusals,
 		      struct pmc_result *result)
 {

@@ -2,9 +2,9 @@
 //
 // It knows nothing of Python. Every function returns 0 or more, or a negative error: -errno of the call named in
 // pmc_result.operation, or one of PMC_E*. Nothing is printed, there is no global state, and nothing aborts. A tracker,
-// range or cursor that is NULL counts as closed. Unless its comment says otherwise a function may be called by any thread of
-// the process that created the object, and may block on the tracker's mutex while another call runs, never on a page
-// fault that needs the caller.
+// range or cursor that is NULL counts as closed. Unless its comment says otherwise a function may be called by any
+// thread of the process that created the object, and may block on the tracker's mutex while another call runs, never on
+// a page fault that needs the caller.
 //
 // This header is read by the C compiler and, without its preprocessor lines, by cffi.
 #ifndef PMC_H
@@ -75,8 +75,9 @@ struct pmc_result {
 	uint64_t capacity;
 	uint64_t pages; // in all regions together
 	uint64_t walk_end; // where the scan stopped: the next call starts here
-	// The memory that an error is about: with -ENOENT the first stretch that is not registered; where UFFDIO_REGISTER
-	// failed, what it was asked for; of pmc_capture(), pmc_restore() and pmc_compare() the page that was not copied.
+	// The memory that an error is about: with -ENOENT the first stretch that is not registered; where
+	// UFFDIO_REGISTER failed, what it was asked for; of pmc_capture(), pmc_restore() and pmc_compare() the page
+	// that was not copied.
 	uint64_t untracked_start;
 	uint64_t untracked_end;
 	const char *operation; // with -errno: the call that failed; static

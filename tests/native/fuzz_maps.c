@@ -52,6 +52,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	struct vmas *vmas = malloc(sizeof(*vmas));
 	expect(vmas);
 	vmas->fd = fd;
+	vmas->file = (struct file_id){ 0 };
 	vmas->query = false;
 	vmas->sizes = data[0] & 1;
 	vmas->page_shift = pmc_page_shift();
