@@ -12,11 +12,12 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,17 @@ def hold_fault_thread_back() -> None:
             os.sched_setaffinity(int(task), {cpu})
             if name_of(task) == "pagemapcompat":
                 os.sched_setscheduler(int(task), os.SCHED_IDLE, os.sched_param(0))
+
+
+@contextlib.contextmanager
+def kept_busy() -> Iterator[None]:
+    """The CPUs that this thread may use have something to do at any time, so that what is SCHED_IDLE hardly runs."""
+    program = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", program]) as busy:
+        try:
+            yield
+        finally:
+            busy.kill()
 
 
 def preloaded(source: str, folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from children import Crew, clone_that_pauses, hold_fault_thread_back, in_child
+from children import Crew, clone_that_pauses, hold_fault_thread_back, in_child, kept_busy
 from conftest import PAGE, Flavour, flavours, libc, pages_of, private, run_child, write
 
 from pagemapcompat import ClosedError, DirtyTracker, TrackedRange
@@ -40,10 +40,11 @@ class Asleep:
         self.crew = Crew()
         self.stop = threading.Event()
         hold_fault_thread_back()
-        for number in range(SLEEPERS):
-            self.crew.add(self.fill, number)
-        while not all(map(sleeps, self.crew.threads)):
-            self.ram.collect()
+        with kept_busy():
+            for number in range(SLEEPERS):
+                self.crew.add(self.fill, number)
+            while not all(map(sleeps, self.crew.threads)):
+                self.ram.collect()
 
     def fill(self, number: int) -> None:
         """Store into a page of its own, which is protected again and again."""
