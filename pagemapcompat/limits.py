@@ -52,7 +52,8 @@ class Limits:
         max_map_count: vm.max_map_count: protecting single pages can split mappings.
 
         real_time_limit: Whether others get a part of each CPU whatever a real-time thread does there:
-            kernel.sched_rt_runtime_us is below sched_rt_period_us, and not -1 (sched(7)).
+            kernel.sched_rt_runtime_us, unless it is -1 (sched(7)). Where somebody made it all of sched_rt_period_us
+            there is none before Linux 6.12; later that is usual, and the fair server gives others a share.
     """
 
     page_size: int
@@ -76,7 +77,7 @@ def read_limits() -> Limits:
     seccomp = status.get("Seccomp")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     uids = _text(Path("/proc/self/uid_map"))
-    runtime, period = (_number(_text(Path(f"/proc/sys/kernel/sched_rt_{what}_us"))) for what in ("runtime", "period"))
+    real_time = _text(Path("/proc/sys/kernel/sched_rt_runtime_us"))
     enabled = _text(_SYS / "transparent_hugepage/enabled") or ""
     return Limits(
         page_size=page_size(),
@@ -90,7 +91,7 @@ def read_limits() -> Limits:
         dumpable=_kernel.dumpable() == 1,
         open_files=None if files == resource.RLIM_INFINITY else files,
         max_map_count=_number(_text(Path("/proc/sys/vm/max_map_count"))),
-        real_time_limit=None if runtime is None or period is None else 0 <= runtime < period,
+        real_time_limit=real_time != "-1" if real_time else None,
     )
 
 
