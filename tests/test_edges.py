@@ -40,6 +40,7 @@ from pagemapcompat import (
     KernelError,
     NotTrackableError,
     NotTrackedError,
+    TrackedRange,
     _kernel,
     probe,
 )
@@ -318,14 +319,19 @@ def test_a_reset_that_fails_leaves_alone_what_lies_behind(flavour: Flavour, area
         assert pages_of(ram.collect(3 * PAGE)) == {6}
 
 
+def populated(tracker: DirtyTracker, memory: AddressRange) -> TrackedRange:
+    """Memory that is tracked, and full, with nothing written to it since."""
+    ram = tracker.track(memory)
+    libc.fill(memory.start, memory.length)
+    ram.reset()
+    return ram
+
+
 def test_an_unprotect_that_comes_upon_untracked_memory(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
     """It may have let the pages before it go, so those count as written."""
     with flavour.tracker() as tracker:
-        memory = area(8)
-        ram = tracker.track(memory)
-        libc.fill(memory.start, memory.length)
-        ram.reset()
-        libc.mmap(PAGE, address=memory.start + 4 * PAGE)
+        ram = populated(tracker, area(8))
+        libc.mmap(PAGE, address=ram.range.start + 4 * PAGE)
         with pytest.raises(NotTrackedError) as caught:
             ram.unprotect()
         assert caught.value.range == part(ram, 4, 1)
@@ -336,12 +342,9 @@ def test_an_unprotect_that_comes_upon_untracked_memory(flavour: Flavour, area: C
 def test_what_was_unprotected_before_it_was_mapped_anew(flavour: Flavour, area: Callable[..., AddressRange]) -> None:
     """The error hands over what comes before it, and what comes after it is the next call's."""
     with flavour.tracker() as tracker:
-        memory = area(8)
-        ram = tracker.track(memory)
-        libc.fill(memory.start, memory.length)
-        ram.reset()
+        ram = populated(tracker, area(8))
         ram.unprotect()
-        libc.mmap(PAGE, address=memory.start + 4 * PAGE)
+        libc.mmap(PAGE, address=ram.range.start + 4 * PAGE)
         with pytest.raises(NotTrackedError) as caught:
             ram.collect()
         assert caught.value.collected is not None

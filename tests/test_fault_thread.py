@@ -587,6 +587,52 @@ def test_one_beside_each_writer(uffd_wp: Flavour, two_cpus: list[int]) -> None:
     in_child(check)
 
 
+ONE_THREAD = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+
+int allowed;
+
+int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *argument)
+{
+	int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) = dlsym(RTLD_NEXT, "pthread_create");
+	return allowed-- > 0 ? real(thread, attr, start, argument) : EAGAIN;
+}
+"""
+"""What a pids cgroup, or RLIMIT_NPROC, leaves."""
+
+
+@pytest.mark.anywhere
+def test_a_second_one_that_cannot_be_had(uffd_wp: Flavour, two_cpus: list[int], tmp_path: Path) -> None:
+    """The first serves alone, on any of the CPUs. Without that one there is no tracker, and the error says why."""
+    program = f"""
+        import ctypes, errno, os
+        import pytest
+        from children import resources
+        from conftest import PAGE, libc, pages_of
+        from test_fault_thread import fault_thread, on_cpus
+        from pagemapcompat import DirtyTracker, KernelError, probe
+        allowed, memory = ctypes.c_int.in_dll(ctypes.CDLL(None), "allowed"), libc.mmap(4 * PAGE)
+        allowed.value = 1 << 20
+        probe()
+        with on_cpus(*{two_cpus}):
+            allowed.value = 1
+            with DirtyTracker("uffd-wp") as tracker, tracker.track((memory, 4 * PAGE)) as ram:
+                while os.sched_getaffinity(fault_thread()) != set({two_cpus}):
+                    os.sched_yield()  # it may have gone to its CPU before it was known that it is alone
+                libc.fill(memory + PAGE)
+                assert pages_of(ram.collect()) == {{1}}
+            before = resources()
+            with pytest.raises(KernelError, match="pthread_create") as caught:
+                DirtyTracker("uffd-wp")
+            assert caught.value.errno == errno.EAGAIN
+            assert resources() == before
+        """
+    run_child(program, env=preloaded(ONE_THREAD, tmp_path))
+
+
 def test_one_for_all_writers(uffd_wp: Flavour, two_cpus: list[int]) -> None:
     """On another number of CPUs, where it may run on any of them."""
 
